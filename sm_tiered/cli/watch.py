@@ -1,0 +1,88 @@
+"""How far ``sm-tiered verify`` is, on standard error."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sm_tiered.cli.output import clean, rate, size
+from sm_tiered.records import CheckpointId
+from sm_tiered.verify import Progress, Report
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+__all__ = ["Timed", "Watch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """A report, and how long it took."""
+
+    report: Report
+    secs: float
+
+
+class Watch:
+    """Tells how far verifying is: a bar with the rate on a terminal, a line for each checkpoint elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._lines = not quiet and not sys.stderr.isatty()
+        self._bar = None if quiet or self._lines else _bar()
+        self._task: TaskID | None = None
+
+    def begin(self, tier: str, checkpoint: CheckpointId) -> Progress | None:
+        """Return what is to be told the progress on *checkpoint*."""
+        if self._bar is None:
+            return None
+        bar = self._bar
+        bar.start()
+        self.end()
+        task = self._task = bar.add_task(f"{clean(tier)} step {checkpoint.step}", total=None)
+        return lambda done, total: bar.update(task, completed=done, total=total)
+
+    def done(self, timed: Timed) -> None:
+        """Say what came out."""
+        if self._lines:
+            _note(timed)
+
+    def end(self) -> None:
+        """Take the bar of the checkpoint away."""
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self.end()
+            self._bar.stop()
+
+
+def _bar() -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+    from rich.progress import Progress as Bar
+    from rich.text import Text
+
+    class Read(ProgressColumn):
+        """Bytes read, of how many, and how fast."""
+
+        def render(self, task: Task) -> Text:
+            whole = "" if task.total is None else f" of {size(int(task.total))}"
+            speed = f"  {size(int(task.speed))}/s" if task.speed else ""
+            return Text(f"{size(int(task.completed))}{whole}{speed}", style="cyan")
+
+    label = TextColumn("{task.description}", markup=False)
+    return Bar(label, BarColumn(), Read(), console=Console(stderr=True), transient=True)
+
+
+def _note(timed: Timed) -> None:
+    report = timed.report
+    facts = [f"{report.tier} step {report.checkpoint.step}: {report.state.value}"]
+    facts += [f"{size(report.bytes_read)} read"] if report.bytes_read else []
+    facts += [speed] if (speed := rate(report.bytes_read, timed.secs)) else []
+    sys.stderr.write(clean(", ".join(facts)) + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,123 @@
+"""The exchange: all that ranks must agree on before a save, in one all-reduce of fixed size.
+
+Every field is combined by maximum. What all ranks must have alike is sent twice, once negated: the two maxima are each
+other's negation only if every rank sent the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sm_tiered.group import Group
+
+__all__ = ["HISTORY", "Agreed", "Offer", "exchange"]
+
+HISTORY = 8
+"""How many of the last saves a rank reports on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What one rank brings to an exchange."""
+
+    step: int = 0
+    tiers: int = 0
+    """Bit i: tier i of the recipe is due by what this rank can tell from the step alone, or was named."""
+    decided: int = 0
+    """Rank 0's answer of the policies that look at clocks and metrics; 0 on the other ranks."""
+    structure_changed: bool = False
+    values_signature: int = 0
+    """Of the names of the Python values."""
+    values_fingerprint: int = 0
+    """Of the Python values themselves."""
+    failed: bool = False
+    """This rank could not even read its state."""
+    no_room: bool = False
+    """No generation is free."""
+    no_room_yet: bool = False
+    """No generation is free even once the save before this one is known to be whole."""
+    draining: bool = False
+    draining_more: bool = False
+    """More than one promotion is in flight."""
+    drain_failed: int = 0
+    """Which promotion failed here (see `Promotions.look`); 0: none."""
+    preempted: bool = False
+    gave_up: bool = False
+    """This rank never came to save what was agreed on last."""
+    went_on: bool = False
+    """This rank did."""
+    written: tuple[bool, ...] = field(default=(False,) * HISTORY)
+    """For each of the last saves, newest first: is my record written?"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreed:
+    """The same on every rank."""
+
+    same_step: bool
+    tiers: int
+    decided: int
+    structure_changed: bool
+    same_value_names: bool
+    same_values: bool
+    failed_rank: int | None
+    no_room: bool
+    no_room_yet: bool
+    draining: bool
+    draining_more: bool
+    drain_failed: int
+    preempted: bool
+    gave_up: bool
+    went_on: bool
+    written: tuple[bool, ...]
+    """Whether every rank's record is written."""
+
+
+def exchange(group: Group, offer: Offer) -> Agreed:
+    """Give *offer* to all ranks and return what they have in common. Collective."""
+    highest = group.max(_encode(offer, group.rank))
+    return _decode(highest)
+
+
+def _encode(offer: Offer, rank: int) -> list[int]:
+    alike = [offer.step, offer.values_signature, offer.values_fingerprint]
+    flags = [
+        offer.structure_changed,
+        offer.no_room,
+        offer.no_room_yet,
+        offer.draining,
+        offer.draining_more,
+        offer.drain_failed,
+        offer.preempted,
+        offer.gave_up,
+        offer.went_on,
+        *(not done for done in offer.written),
+    ]
+    bits = [offer.tiers >> bit & 1 for bit in range(16)] + [offer.decided >> bit & 1 for bit in range(16)]
+    return [*alike, *(-value for value in alike), rank + 1 if offer.failed else 0, *map(int, flags), *bits]
+
+
+def _decode(highest: Sequence[int]) -> Agreed:
+    same = [highest[index] == -highest[index + 3] for index in range(3)]
+    changed, no_room, no_room_yet, draining, more, _, preempted, gave_up, went_on = map(bool, highest[7:16])
+    missing = highest[16 : 16 + HISTORY]
+    bits = highest[16 + HISTORY :]
+    return Agreed(
+        same_step=same[0],
+        same_value_names=same[1],
+        same_values=same[2],
+        failed_rank=highest[6] - 1 if highest[6] else None,
+        structure_changed=changed,
+        no_room=no_room,
+        no_room_yet=no_room_yet,
+        draining=draining,
+        draining_more=more,
+        drain_failed=highest[12],
+        preempted=preempted,
+        gave_up=gave_up,
+        went_on=went_on,
+        written=tuple(not value for value in missing),
+        tiers=sum(bit << index for index, bit in enumerate(bits[:16])),
+        decided=sum(bit << index for index, bit in enumerate(bits[16:])),
+    )

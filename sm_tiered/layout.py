@@ -1,0 +1,195 @@
+"""Names and keys: the only file that knows what a key looks like.
+
+Every name that comes from outside (a listing, a record, a user) is parsed here before it may build a path::
+
+    <root>/<namespace>/
+        step_<10 digits>-a<6 digits>-<UTC seconds>-<8 hex>/
+            __<rank>_<n>.distcp  record-<5 digits>.json  .metadata  index.json  manifest.json
+        attempts/<attempt>.json  pins/  events/
+        .arena/  .queue/  .locks/                   memory tier only
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+
+from sm_tiered.errors import ConfigError, FormatError
+from sm_tiered.records import Attempt, CheckpointId
+
+__all__ = [
+    "ARENA",
+    "ATTEMPTS",
+    "EVENTS",
+    "INDEX",
+    "LOCKS",
+    "MANIFEST",
+    "MAX_STEP",
+    "MAX_WORLD",
+    "METADATA",
+    "QUEUE",
+    "ack_counter",
+    "attempt_key",
+    "check_namespace",
+    "check_part_name",
+    "check_step",
+    "checkpoint_dir",
+    "in_dir",
+    "is_stock_part",
+    "parse_attempt",
+    "parse_attempt_key",
+    "parse_checkpoint_dir",
+    "parse_record_name",
+    "part_name",
+    "rank_of_key",
+    "record_name",
+]
+
+MAX_STEP = 10**10
+"""Steps are below this."""
+
+MAX_WORLD = 10**5
+"""Ranks are below this."""
+
+MANIFEST = "manifest.json"
+METADATA = ".metadata"
+INDEX = "index.json"
+ATTEMPTS = "attempts"
+CONDITIONS = "conditions"
+"""What a durable tier is tried with before an attempt's first commit; its content means nothing."""
+EVENTS = "events"
+ARENA = ".arena"
+QUEUE = ".queue"
+LOCKS = ".locks"
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", re.ASCII)
+_ATTEMPT = re.compile(r"a(\d{6})-(\d{1,12})-([0-9a-f]{8})", re.ASCII)
+_CHECKPOINT = re.compile(r"step_(\d{10})-(a\d{6}-\d{1,12}-[0-9a-f]{8})", re.ASCII)
+_RECORD = re.compile(r"record-(\d{5})\.json", re.ASCII)
+_STOCK_PART = re.compile(r"__(\d{1,6})_\d{1,6}\.distcp", re.ASCII)
+_ARENA_FILE = re.compile(r"(\d{1,6})-[0-9a-f]{8}", re.ASCII)
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
+
+
+def check_namespace(value: object) -> str:
+    """Return *value* when it can be a namespace.
+
+    Raises:
+        ConfigError: otherwise; the message names the first character that is not allowed.
+    """
+    rule = "use 1 to 128 of A-Z a-z 0-9 _ -, beginning with a letter or digit, e.g. 'llama-7b-run3'"
+    if not isinstance(value, str):
+        raise ConfigError(f"namespace must be str, got {type(value).__name__} {value!r}", hint=rule)
+    if not value:
+        raise ConfigError("namespace is empty", hint=rule)
+    if len(value) > 128:
+        raise ConfigError(f"namespace is too long: {len(value)} > 128 characters ({value[:40]!r}…)", hint=rule)
+    if not _NAMESPACE.fullmatch(value):
+        bad = next((i for i, c in enumerate(value) if not re.match(r"[A-Za-z0-9_-]", c, re.ASCII)), 0)
+        raise ConfigError(f"namespace {value!r} has an illegal character {value[bad]!r} at {bad}", hint=rule)
+    return value
+
+
+def check_step(value: object, *, name: str = "step") -> int:
+    """Return *value* as a step: an int (a 0-dim integer tensor or NumPy integer counts), ``0 <= step < 10**10``.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    step = value
+    if not isinstance(value, (int, float, str, bytes)) and hasattr(value, "__index__"):
+        # A tensor or an array has it whether or not it is one integer; a bool is none.
+        with suppress(TypeError):
+            step = value if "bool" in str(getattr(value, "dtype", "")) else value.__index__()  # type: ignore[operator]
+    if isinstance(step, bool) or not isinstance(step, int):
+        hint = f"Did you mean {step}?" if isinstance(step, str) and step.isdigit() else "Pass the training counter."
+        shown = " ".join(repr(value).split())[:80]
+        raise ConfigError(f"{name} must be an int, got {type(value).__name__} {shown}", hint=hint)
+    if not 0 <= step < MAX_STEP:
+        raise ConfigError(f"{name} {step} is out of range", hint="Allowed: 0 <= step < 10**10; None means latest.")
+    return step
+
+
+def check_part_name(value: str) -> str:
+    """Return *value* when it can be the file name of a part: one path segment, no leading dot.
+
+    Raises:
+        FormatError: otherwise.
+    """
+    if not _PART.fullmatch(value) or value in (MANIFEST, INDEX) or _RECORD.fullmatch(value):
+        raise FormatError(f"{value!r} can't be the name of a part")
+    return value
+
+
+def part_name(rank: int, index: int) -> str:
+    """Return the name of the *index*-th stock DCP part of *rank*."""
+    return f"__{rank}_{index}.distcp"
+
+
+def is_stock_part(name: str) -> bool:
+    """Return whether *name* is one that `part_name` gives."""
+    return _STOCK_PART.fullmatch(name) is not None
+
+
+def record_name(rank: int) -> str:
+    """Return the name of the record of *rank*."""
+    return f"record-{rank:05d}.json"
+
+
+def parse_record_name(name: str) -> int | None:
+    """Return the rank that *name* is the record of, or None when it is no record."""
+    found = _RECORD.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def checkpoint_dir(checkpoint: CheckpointId) -> str:
+    """Return the directory of *checkpoint*, relative to the namespace."""
+    return f"step_{checkpoint.step:010d}-{checkpoint.attempt}"
+
+
+def in_dir(checkpoint: CheckpointId, name: str) -> str:
+    """Return the key of the file *name* of *checkpoint*, relative to the namespace."""
+    return f"{checkpoint_dir(checkpoint)}/{name}"
+
+
+def ack_counter(checkpoint: CheckpointId) -> str:
+    """Return the name of the counter of *checkpoint* in the job's store."""
+    return f"ack/{checkpoint_dir(checkpoint)}"
+
+
+def parse_checkpoint_dir(name: str) -> CheckpointId | None:
+    """Return the checkpoint whose directory is called *name*, or None when it is none of ours."""
+    found = _CHECKPOINT.fullmatch(name.rstrip("/"))
+    if not found:
+        return None
+    return CheckpointId(attempt=parse_attempt(found[2]), step=int(found[1]))
+
+
+def rank_of_key(key: str) -> int | None:
+    """Return the rank whose arena file, stock part or record stands under *key*, or None when it is none of these."""
+    name = key.rsplit("/", 1)[-1]
+    found = _STOCK_PART.fullmatch(name) or _RECORD.fullmatch(name) or _ARENA_FILE.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def parse_attempt(text: str) -> Attempt:
+    """Return the attempt that *text* names.
+
+    Raises:
+        FormatError: *text* names none.
+    """
+    found = _ATTEMPT.fullmatch(text)
+    if not found:
+        raise FormatError(f"{text[:80]!r} is no attempt: a<6 digits>-<UTC seconds>-<8 hex> was expected")
+    return Attempt(ordinal=int(found[1]), utc_secs=int(found[2]), nonce=found[3])
+
+
+def attempt_key(attempt: Attempt) -> str:
+    """Return the key of the attempt's own record, relative to the namespace."""
+    return f"{ATTEMPTS}/{attempt}.json"
+
+
+def parse_attempt_key(key: str) -> Attempt | None:
+    """Return the attempt whose record stands under *key*, or None when it is none of ours."""
+    name = key.removeprefix(f"{ATTEMPTS}/").removesuffix(".json")
+    return parse_attempt(name) if _ATTEMPT.fullmatch(name) else None

@@ -1,0 +1,181 @@
+"""The line that saves follow: which attempt they belong to, what it continues, which steps it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from dataclasses import replace
+
+from sm_tiered import deadline, layout, lineage
+from sm_tiered.commit import publish_attempt, put_once
+from sm_tiered.crashpoints import crashpoint
+from sm_tiered.errors import TierError
+from sm_tiered.event_log import Events
+from sm_tiered.events import AttemptOpened, TierUnreachable
+from sm_tiered.events import Restored as RestoredEvent
+from sm_tiered.generations import Generations
+from sm_tiered.group import Group
+from sm_tiered.manifest import attempt_record_to_json
+from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
+from sm_tiered.resolve import Survey, Tiers, assemble, survey
+from sm_tiered.restore import Restored
+from sm_tiered.settings import S3Settings, Settings
+from sm_tiered.tiers import open_tier
+from sm_tiered.tiers.base import Tier
+
+__all__ = ["Line"]
+
+_ATTEMPT_SECS = 5.0
+"""How long an attempt waits for a durable tier to note that it begins."""
+
+
+class Line:
+    """One rank's side of the present attempt. Opening one is collective."""
+
+    def __init__(
+        self, settings: Settings, group: Group, tiers: Tiers, *, events: Events, generations: Generations
+    ) -> None:
+        self._settings, self._group, self._tiers, self._events = settings, group, tiers, events
+        self._generations = generations
+        self._record: AttemptRecord | None = None
+        self._last_step: int | None = None
+        self._looked_at: tuple[Survey, Restored | None, bool] | None = None
+
+    @property
+    def current(self) -> Attempt | None:
+        """The attempt that saves go to, if one is open."""
+        return self._record.attempt if self._record is not None else None
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step saved in the present attempt."""
+        return self._last_step
+
+    # ---- opening an attempt
+
+    def attempt(self) -> Attempt:
+        """Return the attempt that saves go to; the first call without a restore opens one. Collective then."""
+        if self.current is None and self._looked_at is not None:
+            seen, restored, chosen = self._looked_at
+            self.begin_after(seen, restored, chosen=chosen)
+        if self.current is None:
+            seen = self._quick_survey()
+            self._open(seen, parent=None, chosen=False)
+            self._keep_newest(seen)
+        assert self._record is not None
+        return self._record.attempt
+
+    def begin_after(self, seen: Survey, restored: Restored | None, *, chosen: bool) -> None:
+        """Open the attempt that continues from *restored*, unless the present one already does. Collective."""
+        if restored is None:
+            if self.current is None:
+                self._open(seen, parent=None, chosen=False)
+            return
+        goes_on = self.current == restored.checkpoint.attempt and self._last_step == restored.step
+        if not goes_on:
+            self._open(seen, parent=restored.checkpoint, chosen=chosen)
+            self._continue_from(seen, restored.checkpoint)
+        self._events.emit(
+            RestoredEvent(
+                step=restored.step,
+                attempt=str(restored.checkpoint.attempt),
+                tier=restored.tier,
+                secs=restored.secs,
+                bytes=restored.bytes,
+            )
+        )
+
+    def begin_when_saved(self, seen: Survey, restored: Restored | None, *, chosen: bool) -> None:
+        """Leave it to a first save to open the attempt that continues from *restored*: this was a look."""
+        if self.current is None:
+            self._looked_at = (seen, restored, chosen)
+
+    def _open(self, seen: Survey, *, parent: CheckpointId | None, chosen: bool) -> None:
+        known = [*seen.seen, *([self.current] if self.current else [])]
+        proposal = lineage.next_attempt(known, utc_secs=int(time.time()), nonce=secrets.token_hex(4))
+        attempt = layout.parse_attempt(self._group.gather(str(proposal))[0])
+        record = AttemptRecord(namespace=self._settings.namespace, attempt=attempt, parent=parent, chosen=chosen)
+        crashpoint("attempt.before_record")
+        self._write(record)
+        crashpoint("attempt.after_record")
+        self._record, self._last_step = record, None
+        self._events.emit(
+            AttemptOpened(attempt=str(attempt), parent_step=parent.step if parent else None, chosen=chosen)
+        )
+
+    def _write(self, record: AttemptRecord) -> None:
+        key, data = layout.attempt_key(record.attempt), attempt_record_to_json(record)
+        if self._tiers.memory is not None:
+            try:
+                put_once(self._tiers.memory, key, data)
+            except TierError as error:
+                self._events.emit(TierUnreachable(tier=self._tiers.memory.name, error=str(error)))
+        if self._group.rank == 0:
+            # A launch on other nodes must find this ordinal taken; and a choice must outlive this node. What can't be
+            # written now comes with the first promotion.
+            for name, tier in self._tiers.durable.items():
+                try:
+                    with contextlib.nullcontext() if record.chosen else deadline.within(_ATTEMPT_SECS):
+                        put_once(tier, key, data)
+                except TierError as error:
+                    self._events.emit(TierUnreachable(tier=name, error=str(error)))
+
+    def _keep_newest(self, seen: Survey) -> None:
+        """What stands whole in memory outlives this attempt's first saves, though nobody restored it. Collective."""
+        near, memory = replace(self._tiers, durable={}), self._tiers.memory
+        for checkpoint in seen.candidates if memory else ():
+            here = memory is not None and memory.name in seen.found[checkpoint]
+            if here and assemble(self._group, near, seen, checkpoint).problem is None:
+                self._continue_from(seen, checkpoint)
+                return
+
+    def _continue_from(self, seen: Survey, checkpoint: CheckpointId) -> None:
+        order = seen.candidates
+        older = order[order.index(checkpoint) + 1 :] if checkpoint in order else []
+        self._generations.continue_from(older, checkpoint)
+
+    def _quick_survey(self) -> Survey:
+        """Look at the tiers without patience: a durable tier that is down must not hold up a first save."""
+        quick = {
+            tier.name: open_tier(
+                replace(
+                    tier,
+                    retry_attempts=min(2, tier.retry_attempts),
+                    retry_deadline_secs=min(5.0, tier.retry_deadline_secs),
+                    request_timeout_secs=min(3.0, tier.request_timeout_secs),
+                ),
+                self._settings.namespace,
+            )
+            for tier in self._settings.durable
+            if isinstance(tier, S3Settings)
+        }
+        seen = survey(self._group, replace(self._tiers, durable={**self._tiers.durable, **quick}))
+        for tier in quick.values():
+            tier.close()
+        for name, reason in seen.unreachable.items():
+            self._events.emit(TierUnreachable(tier=name, error=reason))
+        return seen
+
+    # ---- the steps of an attempt
+
+    def next_checkpoint(self, step: int) -> CheckpointId:
+        """Return the name of a save of *step* in the present attempt."""
+        return CheckpointId(attempt=self.attempt(), step=step)
+
+    def note_saved(self, checkpoint: CheckpointId) -> None:
+        """Say that a save of *checkpoint* has begun."""
+        self._last_step = checkpoint.step
+        if self._generations.line[-1:] != [checkpoint]:
+            self._generations.add(checkpoint)
+
+    def forget(self, checkpoint: CheckpointId) -> None:
+        """Say that nothing of *checkpoint* was written on any rank."""
+        self._generations.line = [known for known in self._generations.line if known != checkpoint]
+        steps = [known.step for known in self._generations.line if known.attempt == self.current]
+        self._last_step = max(steps, default=None)
+
+    def publish(self, tier: Tier) -> None:
+        """Bring the present attempt's record to *tier*, for a save that does not go through the drainer."""
+        if self._record is not None:
+            publish_attempt(tier, self._record.attempt, attempt_record_to_json(self._record))

@@ -1,0 +1,290 @@
+"""Recipe text → plain values with their places. Knows YAML and the environment, not what a recipe means.
+
+YAML 1.1 as PyYAML's safe loader reads it, without what surprises (duplicate keys, octal numbers, tags, merge keys)
+and without what attacks (objects, expanding aliases). The environment enters by ``${NAME}`` in values alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import yaml
+
+from sm_tiered.errors import RecipeError
+from sm_tiered.recipe_fields import shown
+
+__all__ = ["MAX_BYTES", "Document", "FromEnvironment", "Path", "Place", "parse_yaml", "prepare"]
+
+MAX_BYTES = 1024 * 1024
+"""Longer text is refused."""
+
+_MAX_ALIASES, _MAX_VALUES, _MAX_DEPTH = 100, 10_000, 32
+_NO_SECRETS = "Secrets are not accepted here: credentials come from AWS's own chain (role, profile, environment)."
+_SECRET = re.compile(r"secret|accesskey|password|passwd|credential|apikey|privatekey|tokens?$")
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^${}]*))?\}", re.ASCII)
+_ODD_INT = re.compile(r"[-+]?(0[0-7_]+|.*:.*)")
+
+Path = tuple[str | int, ...]
+"""Where a value stands: keys and indices from the root."""
+
+
+class FromEnvironment(str):
+    """Text in which a ``${NAME}`` was filled in: where a number is wanted it may be one."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a value stands in the text."""
+
+    line: int
+    """From 1."""
+    column: int
+    text: str | None
+    """A scalar as it was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A recipe's values, before anybody knows what they mean."""
+
+    source: str
+    value: Mapping[str, object]
+    places: Mapping[Path, Place] = field(default_factory=dict[Path, Place])
+
+    def error(self, message: str, *, path: Path = (), hint: str | None = None) -> RecipeError:
+        """Return the error about what stands at *path*, with the nearest place that is known."""
+        place = next((self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places), None)
+        where = f"{self.source}, line {place.line}, col {place.column}" if place else self.source
+        name = f"{_name(path)}: " if path else ""
+        return RecipeError(f"{where}: {name}{message}", hint=hint)
+
+
+def parse_yaml(text: str, source: str) -> Document:
+    """Return the values of one YAML document whose root is a mapping.
+
+    Raises:
+        RecipeError: it is none, or holds what a recipe may not; with line and column.
+    """
+    empty = Document(source=source, value={})
+    if len(text) > MAX_BYTES:
+        raise empty.error(f"longer than {MAX_BYTES} bytes", hint="A recipe is a few dozen lines.")
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except _TooMuchError as error:
+        raise _at(source, error.mark, error.message, hint=error.hint) from None
+    except yaml.MarkedYAMLError as error:
+        raise _syntax_error(source, text, error) from None
+    except yaml.YAMLError as error:  # a ReaderError: it knows an offset only
+        character, position = getattr(error, "character", "?"), getattr(error, "position", 0)
+        raise empty.error(f"character {character!r} at {position} is not allowed in YAML") from None
+    if root is None:
+        raise empty.error("empty recipe", hint="Begin with version: 1, namespace and tiers.")
+    builder = _Builder(source, loader)
+    value = builder.build(root, ())
+    if not isinstance(value, dict):
+        raise empty.error(f"expected a mapping, got {shown(value)}", hint="Begin with version: 1, namespace and tiers.")
+    return Document(source=source, value=cast("dict[str, object]", value), places=builder.places)
+
+
+def prepare(document: Document, *, environment: Mapping[str, str] | None) -> Document:
+    """Return *document* with the environment filled in (None: left as it is) and nothing but plain values.
+
+    Raises:
+        RecipeError: a variable is not set, a key looks like a secret, a key is no text, a value no plain one.
+    """
+    filled = _Filler(document, environment).fill(document.value, ())
+    return Document(source=document.source, value=cast("dict[str, object]", filled), places=document.places)
+
+
+class _TooMuchError(Exception):
+    """Raised out of PyYAML's composer before anything is built."""
+
+    def __init__(self, mark: yaml.Mark, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.mark, self.message, self.hint = mark, message, hint
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes only, and stops where text wants more than a recipe can need."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._aliases = self._nodes = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = cast("yaml.Event", self.peek_event())  # pyright: ignore[reportUnknownMemberType]
+        mark = cast("yaml.Mark", event.start_mark)
+        self._nodes += 1
+        self._aliases += isinstance(event, yaml.AliasEvent)
+        if self._aliases > _MAX_ALIASES:
+            raise _TooMuchError(mark, f"more than {_MAX_ALIASES} aliases", "Write the values out.")
+        if self._nodes > 2 * _MAX_VALUES or self._depth > _MAX_DEPTH:
+            raise _TooMuchError(mark, "too many or too deeply nested values", "A recipe is a few dozen lines.")
+        tag = cast("str | None", getattr(event, "tag", None))
+        if tag is not None:
+            raise _TooMuchError(
+                mark, f"tag {shown(tag)} is not permitted", "Write a plain value; nothing was executed."
+            )
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+
+class _Builder:
+    """Builds values from nodes, and remembers where they stood."""
+
+    def __init__(self, source: str, loader: _Loader) -> None:
+        self._source, self._loader, self._values = source, loader, 0
+        self.places: dict[Path, Place] = {}
+
+    def build(self, node: yaml.Node, path: Path) -> object:
+        mark = cast("yaml.Mark", node.start_mark)
+        self._values += 1
+        if self._values > _MAX_VALUES or len(path) > _MAX_DEPTH:  # what aliases repeat counts each time
+            raise _at(self._source, mark, "aliases stand for too many values", hint="Write the values out.")
+        text = cast(str, node.value) if isinstance(node, yaml.ScalarNode) else None
+        self.places.setdefault(path, Place(line=mark.line + 1, column=mark.column + 1, text=text))
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            children = cast("list[yaml.Node]", node.value)
+            return [self.build(child, (*path, index)) for index, child in enumerate(children)]
+        return self._scalar(cast("yaml.ScalarNode", node))
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, object]:
+        found: dict[str, object] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
+            mark = cast("yaml.Mark", key_node.start_mark)
+            key = self._key(key_node)
+            if key in lines:
+                message = f"{shown(key)} twice, lines {lines[key]} and {mark.line + 1}"
+                raise _at(self._source, mark, message, hint="Keep one of them.")
+            lines[key] = mark.line + 1
+            text = cast(str, value_node.value) if isinstance(value_node, yaml.ScalarNode) else None
+            self.places[(*path, key)] = Place(line=mark.line + 1, column=mark.column + 1, text=text)
+            found[key] = self.build(value_node, (*path, key))
+        return found
+
+    def _key(self, node: yaml.Node) -> str:
+        mark = cast("yaml.Mark", node.start_mark)
+        if node.tag == "tag:yaml.org,2002:merge":
+            raise _at(self._source, mark, "merge keys (<<) are not supported", hint="Write the keys out.")
+        if not isinstance(node, yaml.ScalarNode):
+            raise _at(self._source, mark, "a key must be text")
+        key = self._scalar(node)
+        if not isinstance(key, str):
+            message = f"a key must be text, YAML reads {shown(node.value)} as {key!r}"
+            raise _at(self._source, mark, message, hint="Quote it.")
+        if _looks_secret(key):
+            raise _at(self._source, mark, f"key {shown(key)} looks like a secret", hint=_NO_SECRETS)
+        return key
+
+    def _scalar(self, node: yaml.ScalarNode) -> object:
+        text, kind = cast(str, node.value), node.tag.rpartition(":")[2]
+        mark = cast("yaml.Mark", node.start_mark)
+        if kind == "int" and _ODD_INT.fullmatch(text):
+            what = "a base-60 number" if ":" in text else "octal"
+            hint = "Write it without leading zeros and colons, or quote it if it is text."
+            raise _at(self._source, mark, f"YAML reads {shown(text)} as {what}", hint=hint)
+        if kind not in ("null", "bool", "int", "float"):
+            return text  # dates too: no field takes one, a namespace may look like one
+        try:
+            return cast(object, self._loader.construct_object(node))  # pyright: ignore[reportUnknownMemberType]
+        except ValueError:
+            raise _at(self._source, mark, f"{shown(text)} is no {kind}", hint="Quote it if it is text.") from None
+
+
+class _Filler:
+    """Copies plain values, filling in the environment."""
+
+    def __init__(self, document: Document, environment: Mapping[str, str] | None) -> None:
+        self._document, self._environment, self._values = document, environment, 0
+
+    def fill(self, value: object, path: Path) -> object:
+        self._values += 1
+        if self._values > _MAX_VALUES or len(path) > _MAX_DEPTH:
+            raise self._document.error("too many or too deeply nested values", path=path[:3])
+        if isinstance(value, Mapping):
+            return self._mapping(cast("Mapping[object, object]", value), path)
+        if isinstance(value, (list, tuple)):
+            return [self.fill(entry, (*path, index)) for index, entry in enumerate(cast("list[object]", value))]
+        if isinstance(value, str):
+            return self._text(value, path) if self._environment is not None and "${" in value else value
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+            raise self._document.error("a huge number is not permitted", path=path)
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
+        raise self._document.error(
+            f"{shown(value)} is no plain value", path=path, hint="Use text, numbers, lists, mappings."
+        )
+
+    def _mapping(self, value: Mapping[object, object], path: Path) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise self._document.error(f"a key must be text, got {shown(key)}", path=path)
+            if _looks_secret(key):
+                raise self._document.error(f"key {shown(key)} looks like a secret", path=path, hint=_NO_SECRETS)
+            found[key] = self.fill(entry, (*path, key))
+        return found
+
+    def _text(self, value: str, path: Path) -> str:
+        if "${" in _REFERENCE.sub("", value):
+            hint = "Write ${NAME} or ${NAME:-default}; a default holds no braces."
+            raise self._document.error("a ${…} is malformed", path=path, hint=hint)
+        filled = _REFERENCE.sub(self._lookup(path), value)
+        if not filled.isprintable():
+            raise self._document.error(f"{shown(value)} brings in characters that can't be printed", path=path)
+        return FromEnvironment(filled)
+
+    def _lookup(self, path: Path) -> Callable[[re.Match[str]], str]:
+        environment = self._environment if self._environment is not None else os.environ
+
+        def lookup(found: re.Match[str]) -> str:
+            name, default = found[1], cast("str | None", found[2])
+            if _looks_secret(name):
+                message = f"environment variable {name} looks like a secret"
+                raise self._document.error(message, path=path, hint=_NO_SECRETS)
+            value = environment.get(name)
+            if value is None and default is None:
+                hint = f"Set it, or write ${{{name}:-default}}."
+                raise self._document.error(f"environment variable {name} is not set", path=path, hint=hint)
+            return value or default or ""
+
+        return lookup
+
+
+def _looks_secret(key: str) -> bool:
+    words = re.split(r"[^a-z0-9]+", key.lower())
+    return "token" in words or _SECRET.search("".join(words)) is not None
+
+
+def _name(path: Path) -> str:
+    parts = [
+        f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() else shown(part)}" for part in path
+    ]
+    return "".join(parts).removeprefix(".")
+
+
+def _at(source: str, mark: yaml.Mark | None, message: str, *, hint: str | None = None) -> RecipeError:
+    where = f"{source}, line {mark.line + 1}, col {mark.column + 1}" if mark else source
+    return RecipeError(f"{where}: {message}", hint=hint)
+
+
+def _syntax_error(source: str, text: str, error: yaml.MarkedYAMLError) -> RecipeError:
+    mark = error.problem_mark or error.context_mark
+    line = (text.splitlines()[mark.line :] or [""])[0] if mark else ""
+    if re.match(r"\s*\t", line):
+        return _at(source, mark, "tabs are not allowed for indentation", hint="Use spaces.")
+    problem = ", ".join(text for text in (error.context, error.problem) if text)
+    return _at(source, mark, f"not YAML: {problem}", hint="Look at this line and the one above.")

@@ -1,0 +1,109 @@
+"""Everything that can be set, as frozen values. `sm_tiered.recipe` makes them from YAML; nothing else reads a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sm_tiered.policies.keep import KeepPolicy, Latest
+from sm_tiered.policies.save import SavePolicy
+
+__all__ = ["LocalSettings", "MemorySettings", "S3Settings", "Settings", "TierSettings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierSettings:
+    """What all tiers have in common."""
+
+    name: str
+    save: SavePolicy | None
+    """When to save there; None: only when a save names the tier."""
+    keep: KeepPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySettings(TierSettings):
+    """This node's RAM, as a directory on tmpfs."""
+
+    path: str
+    """Absolute."""
+    budget_bytes: int | None
+    """Room that one rank's node may take in the memory tier; None: what tmpfs and the cgroup allow."""
+    allow_disk: bool = False
+    """Whether a path that is no tmpfs is taken too."""
+
+    @property
+    def generations(self) -> int:
+        """How many checkpoints are kept, at least 1."""
+        return self.keep.n if isinstance(self.keep, Latest) else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSettings(TierSettings):
+    """A directory that all ranks share."""
+
+    path: str
+    """Absolute."""
+    fsync: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class S3Settings(TierSettings):
+    """A prefix of an S3 bucket. Credentials come from AWS's own chain only."""
+
+    bucket: str
+    prefix: str
+    """Without slashes at its ends; may be empty."""
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    force_path_style: bool = False
+    sse_kms_key_id: str | None = None
+    part_bytes: int = 32 * 1024 * 1024
+    throughput_gbps: float = 100.0
+    """Target of the CRT client, in Gbit/s."""
+    reader: str = "boto3"
+    """Client for loads: ``boto3`` or ``crt`` (s3torchconnector)."""
+    request_timeout_secs: float = 30.0
+    """One request without progress."""
+    retry_attempts: int = 8
+    retry_deadline_secs: float = 120.0
+    """One operation with all its retries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """One recipe, resolved."""
+
+    namespace: str
+    tiers: tuple[TierSettings, ...]
+    """Fast → durable. At most one memory tier, and it comes first."""
+    on_error: str = "warn"
+    """``warn`` or ``raise``: what a failed save does."""
+    unreachable: str = "raise"
+    """``raise`` or ``use_memory``: what restore does when a durable tier does not answer."""
+    allow_pickle: bool = False
+    allow_partial: bool = False
+    drain_timeout_secs: float = 1800.0
+    """How long close() and on_end wait for the drainer."""
+    commit_deadline_secs: float = 3600.0
+    """How long a durable save may be in flight."""
+    group_timeout_secs: float = 600.0
+    """How long one collective may take."""
+    in_use_wait_secs: float = 30.0
+    """How long a launch waits for the trainers of another attempt to end."""
+    stream_timeout_secs: float = 600.0
+    """How long a trainer may itself stream to a durable tier when memory can't be used."""
+    source: str = "recipe"
+    """Where it came from, for messages."""
+    text: str = field(default="", repr=False)
+    """The recipe as JSON, for the drainer; holds no secret."""
+
+    @property
+    def memory(self) -> MemorySettings | None:
+        """The memory tier, when there is one."""
+        return next((tier for tier in self.tiers if isinstance(tier, MemorySettings)), None)
+
+    @property
+    def durable(self) -> tuple[TierSettings, ...]:
+        """The durable tiers, in recipe order."""
+        return tuple(tier for tier in self.tiers if not isinstance(tier, MemorySettings))

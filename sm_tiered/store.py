@@ -1,0 +1,311 @@
+"""The engine that all integrations use: tiers opened, attempts, restore. Saving is in `sm_tiered.saving`.
+
+One store serves one recipe in a process. Opening it, `restore`, and a due save are collective; nothing else is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sm_tiered import layout, retention
+from sm_tiered.drainer import ensure_drainer
+from sm_tiered.errors import (
+    ConfigError,
+    TieredError,
+    TierError,
+    TierUnavailableError,
+    error_from_json,
+    error_to_json,
+    typed,
+)
+from sm_tiered.event_log import Events
+from sm_tiered.events import DrainerStarted, MemoryTight, NewerAttemptSeen, NothingSaved, Pruned, RestoreStarted
+from sm_tiered.finish import Finisher
+from sm_tiered.generations import Generations
+from sm_tiered.group import Group, SoloGroup
+from sm_tiered.inventory import read_holding
+from sm_tiered.launch import agree_on_launch, read_probe, wait_for_others
+from sm_tiered.line import Line
+from sm_tiered.queue import Queue
+from sm_tiered.records import CheckpointId
+from sm_tiered.resolve import Tiers, survey
+from sm_tiered.restore import Restored, walk
+from sm_tiered.settings import MemorySettings, Settings
+from sm_tiered.tiers import open_tier
+from sm_tiered.tiers.arena import Arena
+from sm_tiered.tiers.base import Tier
+from sm_tiered.tiers.budget import check_budget
+from sm_tiered.tiers.local import LocalTier
+from sm_tiered.tiers.memory import MemoryTier
+from sm_tiered.voted_load import Loader
+
+__all__ = ["Store"]
+
+OnMap = Callable[[memoryview], Callable[[], None]]
+
+
+class Store:
+    """Tiers, arena and attempts of one recipe for one rank."""
+
+    def __init__(
+        self, settings: Settings, group: Group, *, finisher: Finisher | None = None, on_map: OnMap | None = None
+    ) -> None:
+        self.settings, self.group, self.finisher = settings, group, finisher or Finisher()
+        self._launch = agree_on_launch(settings, group)
+        self._closers: list[Callable[[], None]] = []
+        self._pid = os.getpid()
+        try:
+            self._open(settings, on_map)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _open(self, settings: Settings, on_map: OnMap | None) -> None:
+        group = self.group
+        memory = self._open_memory(settings.memory) if settings.memory else None
+        durable: dict[str, Tier] = {}
+        self.all_or_none(
+            lambda: durable.update({tier.name: open_tier(tier, settings.namespace) for tier in settings.durable})
+        )
+        self.tiers = Tiers(memory=memory, durable=durable, compose=self.finisher.compose)
+        path = Path(memory.root) / layout.EVENTS / f"rank-{group.rank:05d}.jsonl" if memory else None
+        self.events = Events(namespace=settings.namespace, rank=group.rank, path=path)
+        self.arena = Arena(memory, rank=group.rank, on_map=on_map) if memory else None
+        if self.arena is not None:
+            self._closers.append(self.arena.close)
+        self.queue = Queue(memory) if memory else None
+        self.generations = Generations(keep=settings.memory.generations if settings.memory else 1)
+        self.restored: Restored | None = None
+        """What the last restore took."""
+        self.line = Line(settings, group, self.tiers, events=self.events, generations=self.generations)
+        self._drainers: list[Any] = []
+        self._ranks_here = 1
+        self.over_budget = False
+        """Whether the state has outgrown the recipe's budget for memory, on all ranks alike."""
+        self._probe_local_tiers()
+        self._taken_over = self._orphans()
+        self.all_or_none(self._adopt)
+
+    # ---- opening
+
+    def _open_memory(self, settings: MemorySettings) -> MemoryTier:
+        memory: MemoryTier | None = None
+
+        def open_it() -> None:
+            nonlocal memory
+            memory = MemoryTier(settings, self.settings.namespace)
+            # Lock first, look then: of two launches that begin at once, one sees the other.
+            self._closers.append(memory.trainer_lock(self._launch, self.group.rank).release)
+            wait_for_others(memory, self._launch, self.settings.in_use_wait_secs)
+
+        self.all_or_none(open_it)
+        assert memory is not None
+        return memory
+
+    def all_or_none(self, action: Callable[[], None]) -> None:
+        """Run *action* on every rank; if it fails on one, raise on all. Collective."""
+        failure: TieredError | None = None
+        try:
+            action()
+        except Exception as error:  # whatever it is: a rank that left alone would let the others wait
+            failure = typed(error)
+        votes = self.group.gather(error_to_json(failure) if failure else None)
+        if failure is not None:
+            raise failure
+        for rank, vote in enumerate(votes):
+            if vote is not None:
+                error = error_from_json(vote)
+                error.rank = rank if error.rank is None else error.rank
+                raise error
+
+    def _probe_local_tiers(self) -> None:
+        """Every rank must see what rank 0 writes, or a directory tier is no shared one."""
+        token = self._launch
+        for name, tier in self.tiers.durable.items():
+            if not isinstance(tier, LocalTier):
+                continue
+            if self.group.rank == 0:
+                self.all_or_none(lambda tier=tier: tier.write_probe(token))
+            else:
+                self.all_or_none(lambda: None)
+            try:
+                self.all_or_none(lambda name=name, tier=tier: read_probe(name, tier, token))
+            finally:
+                if self.group.rank == 0:
+                    tier.clear_probe(token)
+
+    def _orphans(self) -> frozenset[int]:
+        """Ranks that left files on this node and do not live here now; this rank takes over its share of them."""
+        memory = self.tiers.memory
+        keys = self.group.gather(memory.node_key() if memory else None)
+        if memory is None:
+            return frozenset()
+        here = [rank for rank, key in enumerate(keys) if key == memory.node_key()]
+        self._ranks_here = len(here)
+        names = (entry.key for entry in [*memory.list(f"{layout.ARENA}/"), *memory.list("step_")])
+        left = {rank for rank in map(layout.rank_of_key, names) if rank is not None}
+        return frozenset(r for r in left if r not in here and r % len(here) == here.index(self.group.rank))
+
+    def _adopt(self) -> None:
+        if self.arena is not None:
+            self.arena.adopt(also=self._taken_over)
+
+    # ---- restoring
+
+    def restore(self, loader: Loader, *, step: int | None = None, opens: bool = True) -> Restored | None:
+        """Restore the newest checkpoint, or *step*, through *loader*; None when nothing was ever saved. Collective.
+
+        *opens*: whether training goes on from there. Without it only a first save does: who merely looks at an old step
+        must not make it the one that a restarted job resumes from.
+
+        Raises: see `sm_tiered.restore.walk`.
+        """
+        self.check_process()
+        self.events.emit(RestoreStarted(step=step))
+        seen = survey(self.group, self.tiers)
+        restored = walk(
+            self.group,
+            self.tiers,
+            seen,
+            loader,
+            step=step,
+            events=self.events,
+            room=self.room,
+            use_memory=self.settings.unreachable == "use_memory",
+        )
+        self.restored = restored
+        begin = self.line.begin_after if opens else self.line.begin_when_saved
+        begin(seen, restored, chosen=step is not None)
+        if restored is None:
+            self.events.emit(NothingSaved())
+        return restored
+
+    def check_room(self, sizes: Sequence[int]) -> None:
+        """See that all generations of parts of *sizes* bytes fit on this node, if every rank here needs as much.
+
+        Raises:
+            ConfigError: the recipe's budget forbids them.
+            TierFullError: they don't fit; the hint says what to change.
+        """
+        memory, arena = self.settings.memory, self.arena
+        if memory is None or arena is None or self.tiers.memory is None:
+            return
+        need = sum(sizes) * (memory.generations + 2) * self._ranks_here
+        already = arena.allocated_bytes * self._ranks_here
+        tight = check_budget(self.tiers.memory.root, need, memory.budget_bytes, already_bytes=already)
+        if tight is not None:
+            self.events.emit(MemoryTight(warning=tight))
+
+    def make_room(self, sizes: Sequence[int]) -> None:
+        """See on all ranks that parts of *sizes* bytes fit, and prepare their pages. Collective.
+
+        Raises: see `check_room`. After a ConfigError memory takes no saves until a later call finds that they fit.
+        """
+        try:
+            self.all_or_none(lambda: self.check_room(sizes))
+        except ConfigError:
+            self.over_budget = True
+            raise
+        self.over_budget = False
+        if self.settings.memory is None or self.arena is None:
+            return
+        slots = self.settings.memory.generations + 2
+        for size in sizes:
+            # Parts of about one size share a pool of files.
+            self.arena.prepare(size, slots * sum(abs(size - other) * 16 <= size for other in sizes))
+
+    def room(self, size: int) -> tuple[memoryview, Callable[[], None]] | None:
+        """Arena bytes for a restore; what is published stays where it is."""
+        if self.arena is None or self.settings.memory is None:
+            return None
+        arena = self.arena
+        try:
+            slot = arena.take(size, (), self.settings.memory.generations + 2)
+        except TierError:
+            return None
+        if slot is None:
+            return None
+        slot.cache.clear()  # what is fetched overwrites the headers that an integration believes to be there
+        return slot.buffer[:], lambda: arena.release(slot)
+
+    def latest(self) -> int | None:
+        """Return the newest step that this process sees complete on any tier, or None. Not collective.
+
+        Raises:
+            TierUnavailableError: a durable tier did not answer.
+        """
+        found = survey(SoloGroup(), self.tiers)
+        for name, reason in found.unreachable.items():
+            raise TierUnavailableError(f"can't tell what is newest: {reason}", tier=name)
+        for checkpoint in found.candidates:
+            if self.tiers.memory and read_holding(self.tiers.memory, checkpoint, durable=False).problem is None:
+                return checkpoint.step
+            for tier in self.tiers.durable.values():
+                if read_holding(tier, checkpoint, durable=True).problem is None:
+                    return checkpoint.step
+        return None
+
+    # ---- saving
+
+    @property
+    def no_room_reason(self) -> str:
+        """Why the ranks agreed that memory takes no save."""
+        if self.tiers.memory is None:
+            return "no memory tier"
+        return "the state is over memory's budget" if self.over_budget else "memory has no free generation"
+
+    def held(self) -> set[CheckpointId]:
+        """Return the checkpoints in memory whose bytes the drainer still needs."""
+        entries = self.queue.entries() if self.queue else []
+        ours = {self.group.rank, *self._taken_over}
+        return {entry.checkpoint for entry in entries if entry.rank in ours and not entry.sent}
+
+    def prune(self, tier: Tier, checkpoint: CheckpointId) -> None:
+        """Apply the keep policy of *tier* after a commit that the drainer did not make."""
+        settings = next(chosen for chosen in self.settings.durable if chosen.name == tier.name)
+        planned = retention.plan(
+            tier, settings.keep, attempt=checkpoint.attempt, in_flight_secs=self.settings.commit_deadline_secs
+        )
+        if planned.newer is not None:
+            self.events.emit(NewerAttemptSeen(attempt=str(planned.newer)))
+        gone = retention.apply(tier, self.settings.namespace, planned)
+        if gone:
+            self.events.emit(Pruned(tier=tier.name, steps=tuple(c.step for c in gone)))
+
+    def start_drainer(self) -> None:
+        """See to it that this node's drainer is alive."""
+        if self.tiers.memory is None:
+            return
+        self._drainers = [process for process in self._drainers if process.poll() is None]
+        started = ensure_drainer(self.tiers.memory)
+        if started is not None:
+            self._drainers.append(started)
+            self.events.emit(DrainerStarted(pid=started.pid))
+
+    def check_process(self) -> None:
+        """Raise ConfigError in a forked child: locks, mappings and sockets belong to the process that opened them."""
+        if os.getpid() != self._pid:
+            raise ConfigError(
+                f"opened in process {self._pid}, used in process {os.getpid()}",
+                hint="Open it after the fork, in the process that uses it.",
+            )
+
+    def _let_go(self) -> None:
+        """Close the arena, then give up the trainer's lock: whoever comes next may map the files."""
+        while self._closers:
+            self._closers.pop()()
+
+    def close(self) -> None:
+        """Let go of files, locks and connections. Not collective; can be called many times."""
+        if os.getpid() != self._pid:
+            return
+        self._let_go()
+        self.arena = None
+        for tier in self.tiers.durable.values():
+            tier.close()
+        for process in self._drainers:
+            process.poll()
+        self.events.close()

@@ -1,0 +1,146 @@
+"""Where a rank's arena files stand: hidden while they are free, in a step's directory while they are published."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+
+from sm_tiered import layout
+from sm_tiered.crashpoints import crashpoint
+from sm_tiered.errors import TierUnavailableError
+from sm_tiered.records import CheckpointId
+from sm_tiered.tiers import safeio
+from sm_tiered.tiers.memory import MemoryTier
+from sm_tiered.tiers.slot import SlotFile, free_path
+
+__all__ = ["Shelf"]
+
+_RECYCLED = (0, 2)
+"""Indices of the stock parts that are arena files: the rank's share, and what it repeats for its node."""
+_FREE = re.compile(r"(\d{1,6})-[0-9a-f]{8}", re.ASCII)
+_PART = re.compile(r"__(\d{1,6})_(\d{1,6})\.distcp", re.ASCII)
+_TRIES = 16
+
+
+class Shelf:
+    """Moves one rank's files, and those of *ranks* that are no more, in the directory of a memory tier."""
+
+    def __init__(self, tier: MemoryTier, rank: int) -> None:
+        self._tier, self.rank = tier, rank
+        self._root = str(tier.root)
+        self._free = f"{self._root}/{layout.ARENA}"
+        self._also: Collection[int] = ()
+
+    def create(self) -> SlotFile:
+        """Make an empty hidden file, and the directories if somebody deleted them."""
+        try:
+            return SlotFile.create(self._free, self.rank)
+        except FileNotFoundError:
+            self._tier.make_dirs()
+            return SlotFile.create(self._free, self.rank)
+
+    def left_behind(self, also: Collection[int]) -> Iterator[tuple[SlotFile, CheckpointId | None]]:
+        """Yield the files of earlier processes of this rank and of the ranks *also*, from now on its own."""
+        self._also = also
+        for name in sorted(os.listdir(self._free)):
+            found = _FREE.fullmatch(name)
+            if found and self._ours(int(found[1])) and (file := SlotFile.adopt(f"{self._free}/{name}")):
+                yield file, None
+        for checkpoint in sorted(c for c in map(layout.parse_checkpoint_dir, os.listdir(self._root)) if c):
+            self._sweep(checkpoint)
+            with suppress(OSError):  # what died between making it and filling it, or emptying and removing it
+                os.rmdir(self._path(checkpoint))
+            for name in self._parts(checkpoint, recycled=True):
+                if file := SlotFile.adopt(self._path(checkpoint, name)):
+                    yield file, checkpoint
+
+    def has_record(self, checkpoint: CheckpointId, path: str) -> bool:
+        """Whether the rank that wrote *path* also wrote its record of *checkpoint*."""
+        rank = int(os.path.basename(path).removeprefix("__").split("_", 1)[0])
+        return os.path.lexists(self._path(checkpoint, layout.record_name(rank)))
+
+    def publish(self, file: SlotFile, checkpoint: CheckpointId, name: str) -> None:
+        """Move *file* into the directory of *checkpoint*, which is made when missing."""
+        target = self._path(checkpoint, layout.check_part_name(name))
+        crashpoint("publish.before_rename")
+        for _ in range(_TRIES):
+            self._make_dir(checkpoint)
+            # Another rank may take the directory for an empty one and remove it.
+            with suppress(FileNotFoundError):
+                file.rename(target)
+                crashpoint("publish.after_rename")
+                return
+            if not os.path.lexists(file.path):
+                break
+        raise TierUnavailableError(
+            f"the arena's file {file.path} is gone",
+            hint="Leave the memory tier's directory alone while the job runs.",
+            tier=self._tier.name,
+            step=checkpoint.step,
+        )
+
+    def withdraw(self, checkpoint: CheckpointId, files: Iterable[SlotFile]) -> None:
+        """Take this rank's share of *checkpoint* back: the record first, so that it never promises what is going."""
+        for rank in map(layout.parse_record_name, self._listed(checkpoint)):
+            if rank is not None and self._ours(rank):
+                with suppress(FileNotFoundError):
+                    os.unlink(self._path(checkpoint, layout.record_name(rank)))
+        crashpoint("recycle.after_unpublish")
+        kept = {os.path.basename(file.path): file for file in files}
+        names = {layout.METADATA, layout.INDEX, *self._parts(checkpoint)}
+        for name in names - set(kept):
+            with suppress(FileNotFoundError):
+                os.unlink(self._path(checkpoint, name))
+        for file in kept.values():
+            # Also one that has a second name: unlinked, it would look like nobody else's.
+            with suppress(FileNotFoundError):
+                file.rename(free_path(self._free, self.rank))
+        crashpoint("recycle.after_rename")
+        with suppress(OSError):  # other ranks' files are still there
+            os.rmdir(self._path(checkpoint))
+
+    def remove(self, file: SlotFile) -> None:
+        """Delete the name that *file* has here, if it is still this file's."""
+        with suppress(FileNotFoundError):
+            if os.stat(file.path, follow_symlinks=False).st_ino == file.inode:
+                os.unlink(file.path)
+
+    def _ours(self, rank: int) -> bool:
+        return rank == self.rank or rank in self._also
+
+    def _listed(self, checkpoint: CheckpointId) -> list[str]:
+        try:
+            return sorted(os.listdir(self._path(checkpoint)))
+        except FileNotFoundError:
+            return []
+
+    def _parts(self, checkpoint: CheckpointId, *, recycled: bool = False) -> list[str]:
+        """The stock parts in the directory of *checkpoint* that are this rank's; *recycled*: only arena files."""
+        found = [part for part in map(_PART.fullmatch, self._listed(checkpoint)) if part and self._ours(int(part[1]))]
+        return [part[0] for part in found if not recycled or int(part[2]) in _RECYCLED]
+
+    def _path(self, checkpoint: CheckpointId, name: str = "") -> str:
+        directory = f"{self._root}/{layout.checkpoint_dir(checkpoint)}"
+        return f"{directory}/{name}" if name else directory
+
+    def _make_dir(self, checkpoint: CheckpointId) -> None:
+        path = self._path(checkpoint)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            self._tier.make_dirs()
+            return
+        os.chmod(path, 0o700)  # whatever the umask
+
+    def _sweep(self, checkpoint: CheckpointId) -> None:
+        """Remove what died half-written."""
+        with suppress(FileNotFoundError):
+            directory = safeio.open_dir(self._path(checkpoint), tier=self._tier.name)
+            try:
+                safeio.sweep(directory)
+            finally:
+                os.close(directory)
