@@ -1,0 +1,227 @@
+"""`TieredCheckpointer`: the loop's own interface. Saves by policy, restores from the nearest verified tier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from sm_tiered import layout
+from sm_tiered.errors import ConfigError
+from sm_tiered.events import Preempted
+from sm_tiered.handle import SaveHandle
+from sm_tiered.policies.context import check_metrics
+from sm_tiered.restore import Restored
+from sm_tiered_dcp.collector import collector_paused
+from sm_tiered_dcp.engine import Engine, RecipeLike, open_engine
+from sm_tiered_dcp.state_loader import PerRankRule, StateLoader
+from sm_tiered_dcp.state_saver import StateSaver
+
+__all__ = ["TieredCheckpointer"]
+
+
+class TieredCheckpointer:
+    """Checkpoints of one job: every N steps into memory, every M into durable tiers, as the recipe says.
+
+    ``from_recipe``, ``restore``, ``prepare``, ``maybe_save`` where something may be due, ``save`` and ``finish`` are
+    collective; ``latest``, ``wait``, ``close`` and handles never are. As a context manager it calls `finish` at a
+    normal end where the recipe saves ``on_end``, and always `close`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Use `from_recipe`."""
+        self._engine: Engine | None = engine
+        self._saver = StateSaver.of(engine)
+        self._last: tuple[int, Mapping[str, Any]] | None = None
+        self._last_handle: SaveHandle | None = None
+        self.restored: Restored | None = None
+        """What the last `restore` took: step, tier, seconds; None when nothing was ever saved."""
+
+    @classmethod
+    def from_recipe(cls, recipe: RecipeLike) -> TieredCheckpointer:
+        """Open the tiers of *recipe*: a path, a mapping or a `sm_tiered.recipe.Recipe`. Collective.
+
+        Raises:
+            ConfigError: the recipe can't be used, ranks have different ones, or a directory tier is not shared.
+            NamespaceInUseError: trainers of another launch are alive in this memory directory.
+        """
+        return cls(open_engine(recipe))
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a SIGTERM came to this process, or to a rank that said so at a `maybe_save`."""
+        return self._open.preemption.noticed
+
+    @property
+    def _open(self) -> Engine:
+        if self._engine is None:
+            raise ConfigError(
+                "this TieredCheckpointer is closed", hint="Open another one: TieredCheckpointer.from_recipe(recipe)."
+            )
+        return self._engine
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Plan *state* and prepare memory for it in the background, so that the first save is as fast as the next.
+
+        `restore` does so by itself where it finds a checkpoint. Collective; calls ``state_dict()``.
+        """
+        self._open.store.check_process()
+        self._saver.prepare(state)
+
+    def restore(
+        self, state: Mapping[str, Any], step: int | None = None, *, per_rank: PerRankRule | None = None
+    ) -> int | None:
+        """Fill *state* in place from the newest complete, verified checkpoint, or from *step*; return its step.
+
+        None when nothing was ever saved; the state is untouched then. Nothing is called on the state before all ranks
+        know which checkpoint they will load. Collective.
+
+        Args:
+            state: a dict of tensors, nested Python values and Stateful objects, as it is saved.
+            step: this step instead of the newest; what was saved after it is left behind. Where several launches
+                saved it, the one on the present timeline is taken, else the newest launch's.
+            per_rank: for another world size than the checkpoint's: ``per_rank(rank, world, saved_world)`` returns the
+                saved rank whose ``per_rank`` values this rank takes, or None to leave its own.
+
+        Raises:
+            CheckpointNotFoundError: no tier has *step*.
+            MismatchError: the state and the checkpoint do not fit.
+            TierUnavailableError: a tier did not answer, so what is newest can't be known.
+            NothingRestorableError: checkpoints exist and none can be restored; the state is as it was.
+            RestoreIncompleteError: a load failed after bytes were placed: the state must not be used.
+        """
+        engine = self._open
+        wanted = layout.check_step(step) if step is not None else None
+        loader = StateLoader(state, engine.settings, engine.group, per_rank)
+        with collector_paused():
+            engine.saver.quiesce()
+            self.restored = engine.store.restore(loader, step=wanted)
+            if self.restored is None:
+                return None
+            engine.schedule.started_from(self.restored.step)
+            self._saver.prepare(state)
+        return self.restored.step
+
+    def maybe_save(
+        self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
+    ) -> SaveHandle | None:
+        """Save *state* to the tiers whose policy wants *step*; None when none does. Collective.
+
+        Call it once a step, on every rank.
+
+        Raises:
+            SaveError: see `save`; with ``on_error: raise`` also what an earlier save failed of.
+        """
+        engine = self._open
+        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
+        self._last = (step, state)
+        due = engine.schedule.due(step, metrics=found)
+        if due.preempted:
+            engine.store.events.emit(Preempted(step=step))
+        if not due.tiers:
+            return None
+        return self._save(step, state, tuple(sorted(due.tiers)), found, urgent=due.preempted)
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        tiers: Sequence[str] | None = None,
+        *,
+        metrics: Mapping[str, float] | None = None,
+    ) -> SaveHandle:
+        """Save *state* as *step* to *tiers* (None: all) and return a handle; the state may change at once. Collective.
+
+        Durable tiers that are named are queued even behind a step that is still draining; with ``tiers=None`` a busy
+        drain makes the newest step win, as with `maybe_save`. A step is written once in an attempt: a second save of
+        it adds the tiers and metrics that the first lacked.
+
+        Raises:
+            ConfigError: the step, a tier's name or a metric can't be used.
+            StructureError: ranks disagree, or the state can't be one checkpoint.
+            UnsafeValueError: a value that only a pickle could store.
+            RankFailedError: another rank could not read its state.
+            SaveError: with ``on_error: raise``, what an earlier save failed of.
+        """
+        named = tuple(sorted(self._saver.tiers(tiers)))
+        self._last = (layout.check_step(step), state)
+        found = check_metrics(metrics or {}, wanted=self._open.schedule.metrics)
+        return self._save(self._last[0], state, named, found, urgent=tiers is not None)
+
+    def _save(
+        self, step: int, state: Mapping[str, Any], tiers: tuple[str, ...], metrics: Mapping[str, float], *, urgent: bool
+    ) -> SaveHandle:
+        handle = self._saver.save(step, state, tiers=tiers, metrics=metrics, urgent=urgent)
+        self._open.schedule.note_saved(step, tiers)
+        return handle
+
+    def finish(self) -> None:
+        """End the training: save what ``on_end`` wants of the last step seen, and wait for the drain. Collective.
+
+        Raises:
+            DeadlineExceededError: the drain took longer than ``drain_timeout_secs``; it goes on without us.
+            SaveError: with ``on_error: raise``, what a save failed of.
+        """
+        engine = self._open
+        if self._last is not None:
+            step, state = self._last
+            due = engine.schedule.due(step, metrics={}, ending=True)
+            if due.tiers:
+                self._save(step, state, tuple(sorted(due.tiers)), {}, urgent=True)
+        self.wait()
+
+    def latest(self) -> int | None:
+        """Return the newest step that this process sees complete on any tier, or None. Not collective.
+
+        Raises:
+            TierUnavailableError: a durable tier did not answer.
+        """
+        return self._open.store.latest()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until every save has ended on every tier it was due for. Not collective.
+
+        Args:
+            timeout: in seconds; None: ``drain_timeout_secs`` of the recipe.
+
+        Raises:
+            DeadlineExceededError: one has not; it goes on in the background.
+            SaveError: with ``on_error: raise``, what a save failed of.
+        """
+        engine = self._open
+        engine.saver.wait(engine.settings.drain_timeout_secs if timeout is None else timeout)
+
+    def close(self) -> None:
+        """Wait for the drain as `wait` does, then let go of everything. Not collective; can be called many times."""
+        if self._engine is None:
+            return
+        try:
+            self.wait()
+        finally:
+            engine, self._engine = self._engine, None
+            engine.close(patient=False)
+
+    def __enter__(self) -> TieredCheckpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._engine is None:
+            return
+        if error is not None:
+            # What the training raised counts; nothing of ours may hide it or make it wait.
+            self._abandon()
+            return
+        try:
+            if self._engine.schedule.saves_on_end:
+                self.finish()
+        except BaseException:
+            self._abandon()  # it has waited for the drain already, or can't
+            raise
+        self.close()
+
+    def _abandon(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close(patient=False)

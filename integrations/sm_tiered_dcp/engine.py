@@ -1,0 +1,136 @@
+"""One engine for each recipe in a process: checkpointers, writers and readers of one recipe share it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from sm_tiered.errors import ConfigError
+from sm_tiered.finish import Finisher
+from sm_tiered.group import Group
+from sm_tiered.policies.context import Need
+from sm_tiered.preemption import Preemption
+from sm_tiered.recipe import Recipe, load_recipe
+from sm_tiered.saving import Saver
+from sm_tiered.schedule import Schedule
+from sm_tiered.settings import Settings
+from sm_tiered.store import Store
+from sm_tiered_dcp import finisher
+from sm_tiered_dcp.group import open_group
+
+__all__ = ["Engine", "Lease", "RecipeLike", "open_engine"]
+
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
+
+
+@dataclass(slots=True)
+class Engine:
+    """Store, saver, schedule and group of one recipe."""
+
+    settings: Settings
+    group: Group
+    store: Store
+    saver: Saver
+    schedule: Schedule
+    preemption: Preemption
+    users: int = 0
+    state_saver: Any = None
+    """The `StateSaver` of this engine, once there is one."""
+
+    def close(self, *, patient: bool = True) -> None:
+        """Let go; the last user's call closes everything, see `Saver.close`. Not collective."""
+        self.users -= 1
+        if self.users > 0:
+            return
+        _engines.pop(_key(self.settings), None)
+        self.preemption.remove()
+        self.saver.close(patient=patient)
+        self.store.close()
+        self.group.close()
+
+
+class Lease:
+    """One user's hold on an engine, given up once."""
+
+    def __init__(self, engine: Engine, user: str) -> None:
+        self._engine: Engine | None = engine
+        self._user = user
+
+    @property
+    def engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+            ConfigError: it was given up.
+        """
+        if self._engine is None:
+            raise ConfigError(f"this {self._user} is closed", hint="Make another one.")
+        return self._engine
+
+    def end(self) -> None:
+        """Give it up; can be called many times."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+
+_engines: dict[tuple[int, str], Engine] = {}
+
+
+@atexit.register
+def _end_saves() -> None:
+    """A script may end without a close: its last save is still recorded and handed to the drainer."""
+    for (pid, _), engine in list(_engines.items()):
+        if pid == os.getpid():
+            engine.saver.close()
+
+
+def open_engine(recipe: RecipeLike) -> Engine:
+    """Return the engine of *recipe*, opened if this process has none yet. Collective then.
+
+    Raises:
+        ConfigError: the recipe can't be used, ranks have different ones, or a directory tier is not shared.
+        NamespaceInUseError: trainers of another launch are alive in this memory directory.
+    """
+    settings = load_recipe(recipe).settings()
+    engine = _engines.get(_key(settings))
+    if engine is None:
+        group = open_group(settings.group_timeout_secs)
+        try:
+            engine = _open(settings, group)
+        except BaseException:
+            group.close()
+            raise
+        _engines[_key(settings)] = engine
+    engine.users += 1
+    return engine
+
+
+def _open(settings: Settings, group: Group) -> Engine:
+    on_map = _pin if torch.cuda.is_available() else None
+    finish = Finisher(module=finisher.__name__, make=finisher.compose_files)
+    store = Store(settings, group, finisher=finish, on_map=on_map)
+    saver = Saver(store)
+    preemption = Preemption()
+    schedule = Schedule(settings, group, preemption)
+    if Need.SIGNAL in schedule.needs:
+        preemption.install()
+    return Engine(settings, group, store, saver, schedule, preemption)
+
+
+def _key(settings: Settings) -> tuple[int, str]:
+    return os.getpid(), settings.text
+
+
+def _pin(buffer: memoryview) -> Any:
+    """Page-lock *buffer* for direct copies from the GPU; return what undoes it."""
+    runtime: Any = cast("Any", torch.cuda).cudart()
+    address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+    if int(runtime.cudaHostRegister(address, len(buffer), 0)) != 0:
+        return lambda: None  # Copies then go through the driver's own staging: slower, never wrong.
+    return lambda: runtime.cudaHostUnregister(address)

@@ -1,0 +1,82 @@
+"""Loading a candidate into a state: DCP's own load planner decides what is read, resharding included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+from sm_tiered.records import Item, Record
+from sm_tiered.sources import Span
+from sm_tiered.voted_load import Read
+from sm_tiered_dcp.tensor_reads import place, ranges
+
+__all__ = ["ItemSource", "Sources", "read_plan_spans", "read_tensor", "read_value"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemSource:
+    """Where one stored chunk or value stands."""
+
+    rank: int
+    item: Item
+
+
+class Sources:
+    """Every stored item of a candidate by name and offsets, each at the nearest part that holds it."""
+
+    def __init__(self, records: Sequence[Record], near: frozenset[int]) -> None:
+        self._found: dict[tuple[str, tuple[int, ...]], ItemSource] = {}
+        self._ranks: dict[tuple[str, tuple[int, ...]], int] = {}
+        for record in records:
+            replicas = {part.name for part in record.parts if part.replica}
+            for item in record.items:
+                self._offer(ItemSource(rank=record.rank, item=item), item.part in replicas, record.rank in near)
+
+    def _offer(self, source: ItemSource, replica: bool, near: bool) -> None:
+        # A main part here, a replica here, a main part elsewhere; a replica elsewhere can't be reached at all.
+        order = (0 if near else 2) + replica
+        key = (source.item.fqn, source.item.offsets)
+        if order < 3 and order < self._ranks.get(key, 3):
+            self._found[key], self._ranks[key] = source, order
+
+    def get(self, fqn: str, offsets: tuple[int, ...] = ()) -> ItemSource:
+        """Return where a chunk of a tensor, or a Python value, stands."""
+        return self._found[fqn, offsets]
+
+
+def source_of(sources: Sources, request: ReadItem) -> ItemSource:
+    """Return where what *request* asks for stands."""
+    return sources.get(request.storage_index.fqn, tuple(request.storage_index.offset or ()))
+
+
+def read_plan_spans(plan: LoadPlan, sources: Sources) -> dict[tuple[int, str], list[Span]]:
+    """Return the bytes that *plan* touches, by rank and part."""
+    spans: dict[tuple[int, str], list[Span]] = {}
+    for request in plan.items:
+        source = source_of(sources, request)
+        item = source.item
+        found = spans.setdefault((source.rank, item.part), [])
+        if request.type == LoadItemType.BYTE_IO:
+            found.append((item.offset, item.length))
+        else:
+            found += ranges(item, tuple(request.storage_offsets), tuple(request.lengths))
+    return spans
+
+
+def read_tensor(source: ItemSource, request: ReadItem, target: torch.Tensor, read: Read) -> None:
+    """Fill *target* with the box of the stored chunk that *request* asks for."""
+
+    def from_part(offset: int, buffer: memoryview) -> None:
+        read(source.rank, source.item.part, offset, buffer)
+
+    place(source.item, tuple(request.storage_offsets), tuple(request.lengths), target, from_part)
+
+
+def read_value(source: ItemSource, read: Read) -> bytes:
+    """Return the stored stream of a Python value."""
+    buffer = bytearray(source.item.length)
+    read(source.rank, source.item.part, source.item.offset, memoryview(buffer))
+    return bytes(buffer)
