@@ -1,0 +1,275 @@
+"""The benchmark: what saves, restores and drains cost here, against one copy of the same bytes and against torch's own.
+
+``python tests/bench/run.py [--quick] [--only NAME …] [--out bench.json]``: prints one table, writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+import room
+from rich.console import Console
+from rivals import KINDS
+from table import Goal, Row, show
+from timing import MIB
+
+_console = Console(stderr=True, highlight=False)
+_FEW, _MANY = 400, 4800
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much is done."""
+
+    size: int
+    """Bytes of the state."""
+    runs: int
+    rival_runs: int
+
+    @property
+    def state(self) -> str:
+        return f"{self.size / 1024**3:.2g} GiB"
+
+
+# ---- sections
+
+
+def save(scale: Scale) -> list[Row]:
+    """What the training waits for."""
+    rows: list[Row] = []
+    for tensors, world, must, stretch in (
+        (_FEW, 1, (1.25, 0), (1.05, 0)),
+        (_FEW, 2, (1.4, 0), (1.15, 0)),
+        (_MANY, 2, (1.5, 40), (1.2, 15)),
+        (_MANY, 1, None, None),
+    ):
+        found = _in_memory("save_bench.steady", world=world, tensors=tensors, size=scale.size, runs=scale.runs)
+        what = f"{tensors:,} tensors, world {world}"
+        rows.append(_timed(f"blocked by save: {what}", found, "blocked", must, stretch))
+        goals = ((2.2, 0), (1.6, 0)) if (tensors, world) == (_FEW, 1) else (None, None)
+        rows.append(_timed(f"acknowledged in memory: {what}", found, "acknowledged", *goals))
+        if world == 1:
+            share = found["stored_bytes"] / found["state_bytes"]
+            asked = (_goal(1.02, "≤ 1.02"), _goal(1.01, "≤ 1.01")) if tensors == _FEW else (None, None)
+            rows.append(
+                Row(
+                    figure=f"bytes stored / bytes in the state: {what}",
+                    value=f"{share:.4f}",
+                    measured=share,
+                    must=asked[0],
+                    stretch=asked[1],
+                )
+            )
+    return rows
+
+
+def first(scale: Scale) -> list[Row]:
+    """The first save of a process."""
+    runs = [_in_memory("save_bench.first", tensors=_FEW, size=scale.size) for _ in range(scale.runs)]
+    return [_timed("blocked by the first save after prefault", _joined(runs), "blocked", (2, 0), (1.3, 0))]
+
+
+def state_dict(scale: Scale) -> list[Row]:
+    """What is the user's own, and the same on every system."""
+    found = room.call("save_bench.state_dict", params=1600, runs=scale.runs)
+    names = (
+        ("ours", "inside TrainState.state_dict(): 1,600 parameters"),
+        ("get_state_dict", "torch's get_state_dict()"),
+    )
+    return [
+        Row(figure=figure, value=_ms(statistics.median(found[name])), measured=0, samples={name: found[name]})
+        for name, figure in names
+    ]
+
+
+def memory(scale: Scale) -> list[Row]:
+    """What the trainer pays in RAM of its own."""
+    rows: list[Row] = []
+    for tensors, remote in ((_FEW, False), (_FEW, True), (_MANY, False)):
+        with room.sink() as address:
+            s3 = address if remote else None
+            found = _in_memory("save_bench.memory", tensors=tensors, size=scale.size, runs=3, s3=s3)
+        peak = found["peak_bytes"] / MIB
+        rows.append(
+            Row(
+                figure=f"private memory added to the trainer, peak: {tensors:,} tensors{', with an S3 tier' * remote}",
+                value=f"{peak:.0f} MiB",
+                measured=peak,
+                must=_goal(64, "≤ 64 MiB"),
+                stretch=_goal(16, "≤ 16 MiB"),
+                samples=found,
+            )
+        )
+    return rows
+
+
+def restore(scale: Scale) -> list[Row]:
+    """How soon the training goes on."""
+    rows: list[Row] = []
+    default = len(os.sched_getaffinity(0))
+    for tensors, threads, runs in (
+        (_FEW, 1, scale.runs),
+        (_FEW, default, scale.rival_runs),
+        (_MANY, 1, scale.rival_runs),
+    ):
+        with room.directory() as path:
+            room.call("restore_bench.leave", path=path, tensors=tensors, size=scale.size)
+            settings = {"path": path, "tensors": tensors, "size": scale.size, "threads": threads}
+            found = _joined([room.call("restore_bench.restore", **settings) for _ in range(runs)])
+        goals = ((3.5, 0), (2, 0)) if (tensors, threads) == (_FEW, 1) else (None, None)
+        what = f"{tensors:,} tensors, intra-op threads {threads}"
+        rows.append(_timed(f"restore from memory, new process: {what}", found, "restored", *goals))
+    return rows
+
+
+def drain(scale: Scale) -> list[Row]:
+    """How fast a checkpoint becomes durable."""
+    with room.sink() as address:
+        found = _in_memory("drain_bench.drain", s3=address, tensors=_FEW, size=scale.size, runs=scale.runs)
+    ours, alone = statistics.median(found["drained"]), statistics.median(found["alone"])
+    rate, peak = found["bytes"] / ours / 1e9, found["peak_bytes"] / MIB
+    return [
+        Row(
+            figure=f"drain to S3, against the client alone ({found['bytes'] / alone / 1e9:.2f} GB/s)",
+            value=f"{rate:.2f} GB/s: {alone / ours:.2f}",
+            measured=alone / ours,
+            must=_goal(0.9, "≥ 0.9"),
+            stretch=_goal(1.0, "≥ 1.0"),
+            at_least=True,
+            samples=found,
+        ),
+        Row(
+            figure="drainer's private memory, peak",
+            value=f"{peak:.0f} MiB",
+            measured=peak,
+            must=_goal(450, "≤ 450 MiB"),
+            stretch=_goal(300, "≤ 300 MiB"),
+        ),
+    ]
+
+
+def loop(scale: Scale) -> list[Row]:
+    """What the training feels of the drain."""
+    with room.sink() as address:
+        found = _in_memory("loop_bench.loop", s3=address, tensors=_FEW, size=scale.size, runs=scale.runs)
+    slower = statistics.median(found["beside"]) / statistics.median(found["alone"])
+    return [
+        Row(
+            figure="training loop while the drainer works, against alone",
+            value=f"{slower:.2f}",
+            measured=slower,
+            must=_goal(1.15, "≤ 1.15"),
+            stretch=_goal(1.03, "≤ 1.03"),
+            samples=found,
+        )
+    ]
+
+
+def rivals(scale: Scale) -> list[Row]:
+    """Torch's own ways with the same state."""
+    rows: list[Row] = []
+    for kind, name in KINDS.items():
+        found = _in_memory("rivals.rival", kind=kind, tensors=_FEW, size=scale.size, runs=scale.rival_runs)
+        rows.append(_timed(f"{name}: blocked", found, "blocked"))
+        if kind in ("thread", "process"):
+            rows.append(_timed(f"{name}: until its files are there", found, "complete"))
+    return rows
+
+
+# ---- rows
+
+
+def _in_memory(function: str, /, *, world: int = 1, **settings: Any) -> Any:
+    with room.directory() as path:
+        return room.call(function, world=world, path=path, **settings)
+
+
+def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    names = [name for name, value in runs[0].items() if isinstance(value, list)]
+    return {name: [value for run in runs for value in run[name]] for name in names}
+
+
+def _timed(
+    figure: str,
+    found: dict[str, Any],
+    name: str,
+    must: tuple[float, float] | None = None,
+    stretch: tuple[float, float] | None = None,
+) -> Row:
+    """A duration; goals are (times the copy, plus milliseconds)."""
+    copied, value = (1000 * statistics.median(found[key]) for key in ("copy", name))
+
+    def goal(asked: tuple[float, float] | None) -> Goal | None:
+        if asked is None:
+            return None
+        times, plus = asked
+        return _goal(times * copied + plus, f"≤ {times:g}×" + (f" + {plus:g} ms" if plus else ""))
+
+    return Row(
+        figure=figure,
+        value=_ms(value / 1000),
+        measured=value,
+        ratio=value / copied,
+        must=goal(must),
+        stretch=goal(stretch),
+        samples={key: found[key] for key in ("copy", name)},
+    )
+
+
+def _goal(bound: float, text: str) -> Goal:
+    return Goal(text=text, bound=bound)
+
+
+def _ms(secs: float) -> str:
+    return f"{1000 * secs:.1f} ms"
+
+
+_SECTIONS: dict[str, Callable[[Scale], list[Row]]] = {
+    function.__name__: function for function in (save, first, state_dict, memory, restore, drain, loop, rivals)
+}
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description="What saves, restores and drains cost here.")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the bytes and medians of 3")
+    parser.add_argument("--only", nargs="+", choices=sorted(_SECTIONS), help="only these sections")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="where the JSON goes")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    scale = Scale(size=(256 if quick else 1024) * MIB, runs=3 if quick else 7, rival_runs=1 if quick else 3)
+    # The sink takes any credentials; where a person's own are, they stay.
+    os.environ |= {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench"}
+    facts, rows, begun = machine.facts(), list[Row](), time.monotonic()
+    for name in arguments.only or _SECTIONS:
+        _console.print(f"[dim]{time.monotonic() - begun:4.0f} s  {name}")
+        rows += _SECTIONS[name](scale)
+    show(rows, f"{scale.state} of fp32 model and Adam; medians of {scale.runs}")
+    sys.stdout.write("  ".join(f"{name}: {value}" for name, value in facts.items()) + "\n")
+    arguments.out.write_text(
+        json.dumps(
+            {
+                "machine": facts,
+                "state_bytes": scale.size,
+                "runs": scale.runs,
+                "secs": time.monotonic() - begun,
+                "rows": [row.to_json() for row in rows],
+            },
+            indent=1,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

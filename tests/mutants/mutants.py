@@ -1,0 +1,236 @@
+"""Defects made by hand: each breaks one promise in one place, and names quick tests that must notice it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MUTANTS", "Mutant"]
+
+MACHINE = "tests/properties/test_state_machine.py"
+NODES = "tests/properties/test_simulated_nodes.py"
+ONCE = "tests/properties/test_exactly_once.py"
+PROMISES = "tests/properties/test_promises.py"
+IN_PLACE = "tests/faults/test_in_place.py"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """*old*, which stands exactly once in the file *path*, becomes *new*."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """Files or node ids; one of them must fail."""
+
+
+MUTANTS = (
+    Mutant(
+        name="the record goes up before its parts",
+        path="sm_tiered/drain.py",
+        old="        parts = [part for part in record.parts if not part.replica]\n",
+        new="        put_once(tier, key, data)\n        parts = [part for part in record.parts if not part.replica]\n",
+        tests=(f"{PROMISES}::test_a_record_never_stands_where_its_part_does_not",),
+    ),
+    Mutant(
+        name="the manifest is written before all records are there",
+        path="sm_tiered/commit.py",
+        old="    if set(records) != set(range(world)):\n        return Outcome.WAITING\n",
+        new="",
+        tests=("tests/unit/test_commit_and_retention.py",),
+    ),
+    Mutant(
+        name="the memory record is written before the copy",
+        path="sm_tiered/stager.py",
+        old='        crashpoint("stage.before_copy")\n',
+        new='        crashpoint("stage.before_copy")\n        self.put_record(record)\n',
+        tests=(f"{NODES}::test_a_slow_rank_that_dies_while_others_go_on_takes_nothing_acknowledged_with_it",),
+    ),
+    Mutant(
+        name="acknowledged as soon as this rank has written its record",
+        path="sm_tiered/acks.py",
+        old="self._group.add(layout.ack_counter(checkpoint), 1)",
+        new="self._group.add(layout.ack_counter(checkpoint), self._group.world)",
+        tests=(f"{PROMISES}::test_a_checkpoint_without_the_record_of_one_rank_is_none",),
+    ),
+    Mutant(
+        name="the state is read again after save has returned",
+        path="sm_tiered/stager.py",
+        old="        parts = tuple(\n",
+        new="        for part, buffer in staged.buffers:\n            part.write(buffer, {})\n        parts = tuple(\n",
+        tests=(f"{PROMISES}::test_what_is_saved_is_the_state_when_save_returned",),
+    ),
+    Mutant(
+        name="digests of what is in memory are not looked at",
+        path="sm_tiered/sources.py",
+        old="            self._file.pread_into(index * CHUNK_BYTES, view)\n",
+        new="            self._file.pread_into(index * CHUNK_BYTES, view)\n            continue\n",
+        tests=(f"{PROMISES}::test_a_flipped_bit_in_memory_is_found_and_the_durable_copy_is_used",),
+    ),
+    Mutant(
+        name="digests of what is fetched are not looked at",
+        path="sm_tiered/sources.py",
+        old="    def _settle(self, index: int) -> None:\n",
+        new="    def _settle(self, index: int) -> None:\n        return\n",
+        tests=(f"{PROMISES}::test_a_flipped_bit_on_the_durable_tier_is_found_and_the_step_before_is_used",),
+    ),
+    Mutant(
+        name="digests of what is read in place are not looked at",
+        path="sm_tiered/sources.py",
+        old="        self._held = None\n        self._source.read_into(self._key, index * CHUNK_BYTES, view)\n",
+        new="        self._source.read_into(self._key, index * CHUNK_BYTES, view)\n        return view\n",
+        tests=(f"{IN_PLACE}::test_a_flipped_bit_in_any_chunk_is_found_and_the_step_before_is_used",),
+    ),
+    Mutant(
+        name="digests of what is promoted are not looked at",
+        path="sm_tiered/drain.py",
+        old="return checksum.verified(read(), part.chunks, key)",
+        new="return read()",
+        tests=(f"{PROMISES}::test_what_was_damaged_in_memory_is_not_promoted",),
+    ),
+    Mutant(
+        name="each rank decides for itself what it restores",
+        path="sm_tiered/voted_load.py",
+        old="votes = state.group.gather(error_to_json(error) if error is not None else None)",
+        new="votes = [error_to_json(error) if error is not None else None]",
+        tests=(f"{PROMISES}::test_when_one_rank_can_t_have_its_part_all_take_the_step_before",),
+    ),
+    Mutant(
+        name="each rank decides for itself whether the drain is busy",
+        path="sm_tiered/agreement.py",
+        old="draining=agreed.draining_more if agreed.drain_failed else agreed.draining,",
+        new="draining=self._promotions.look()[0] > 0,",
+        tests=(f"{NODES}::test_one_slow_node_holds_up_the_choice_on_all",),
+    ),
+    Mutant(
+        name="a promotion that failed elsewhere stays in flight",
+        path="sm_tiered/agreement.py",
+        old="        if agreed.drain_failed:\n",
+        new="        if False:\n",
+        tests=(
+            f"{NODES}::test_a_promotion_that_failed_on_one_node_ends_for_all_and_the_next_save_is_promoted",
+            f"{NODES}::test_a_promotion_that_was_not_whole_in_time_ends_for_all",
+        ),
+    ),
+    Mutant(
+        name="412 is always success",
+        path="sm_tiered/commit.py",
+        old="        if standing == data:\n",
+        new="        if True:\n",
+        tests=("tests/unit/test_commit_and_retention.py",),
+    ),
+    Mutant(
+        name="put_if_absent is not exclusive",
+        path="sm_tiered/tiers/files.py",
+        old="self._write(key, data, exclusive=True)",
+        new="self._write(key, data, exclusive=False)",
+        tests=(f"{ONCE}::test_of_processes_that_put_if_absent_exactly_one_is_first",),
+    ),
+    Mutant(
+        name="nobody takes over from the coordinator",
+        path="sm_tiered/drain.py",
+        old="return now - promotion.complete_since > _TAKEOVER_SECS",
+        new="return False",
+        tests=(f"{NODES}::test_another_node_commits_when_the_coordinator_s_is_lost_after_its_upload",),
+    ),
+    Mutant(
+        name="`if step` for `if step is not None`",
+        path="sm_tiered/restore.py",
+        old="seen.candidates if step is None else",
+        new="seen.candidates if not step else",
+        tests=(f"{PROMISES}::test_step_0_can_be_chosen",),
+    ),
+    Mutant(
+        name="what is above the watermark is recycled",
+        path="sm_tiered/generations.py",
+        old="        watermark = self.watermark\n",
+        new="        watermark = self.line[-1] if self.line else self.watermark\n",
+        tests=(f"{NODES}::test_a_slow_rank_that_dies_while_others_go_on_takes_nothing_acknowledged_with_it",),
+    ),
+    Mutant(
+        name="no lease is asked for before recycling",
+        path="sm_tiered/tiers/slot.py",
+        old="            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n",
+        new="",
+        tests=(f"{NODES}::test_what_a_reader_has_open_never_changes_while_saves_go_on",),
+    ),
+    Mutant(
+        name="a file with a second name is recycled",
+        path="sm_tiered/tiers/slot.py",
+        old="        if self.links != 1:\n",
+        new="        if False:\n",
+        tests=(f"{NODES}::test_a_user_s_hard_link_keeps_its_bytes",),
+    ),
+    Mutant(
+        name="files are deleted without a tombstone",
+        path="sm_tiered/retention.py",
+        old="        tier.replace(key, manifest_to_json(grave), version=standing.version)\n",
+        new="        pass\n",
+        tests=(f"{PROMISES}::test_what_is_deleted_is_a_tombstone_first",),
+    ),
+    Mutant(
+        name="retention deletes what an attempt began from",
+        path="sm_tiered/retention.py",
+        old=" | _parents(attempts)",
+        new="",
+        tests=(f"{PROMISES}::test_the_step_that_a_job_began_from_stays_when_retention_would_take_it",),
+    ),
+    Mutant(
+        name="lineage forgets that a step was chosen",
+        path="sm_tiered/lineage.py",
+        old="fork = record.parent if record is not None and record.chosen else None",
+        new="fork = None",
+        tests=(f"{PROMISES}::test_a_chosen_step_is_the_newest_from_then_on",),
+    ),
+    Mutant(
+        name="attempts are ordered by the clock",
+        path="sm_tiered/lineage.py",
+        old="ordinal=1 + max((attempt.ordinal for attempt in seen), default=0)",
+        new="ordinal=1",
+        tests=(f"{NODES}::test_a_new_rank_0_with_a_clock_five_minutes_wrong_changes_neither_order_nor_what_is_kept",),
+    ),
+    Mutant(
+        name="a tier that does not answer counts as empty",
+        path="sm_tiered/resolve.py",
+        old="            unreachable[name] = str(error)\n",
+        new="            checkpoints[name] = []\n",
+        tests=(f"{PROMISES}::test_a_tier_that_does_not_answer_is_not_an_empty_one",),
+    ),
+    Mutant(
+        name="the watermark is not looked at: what is gone never was",
+        path="sm_tiered/restore.py",
+        old="candidate.watermarked or candidate.problem is None",
+        new="candidate.problem is None",
+        tests=(f"{PROMISES}::test_what_is_gone_is_not_taken_for_what_never_was",),
+    ),
+    Mutant(
+        name="a launch that restores nothing recycles what it finds",
+        path="sm_tiered/line.py",
+        old="            self._keep_newest(seen)\n",
+        new="",
+        tests=(f"{NODES}::test_launches_that_die_before_their_first_save_is_whole_take_nothing_with_them",),
+    ),
+    Mutant(
+        name="two drainers work at once",
+        path="sm_tiered/drainer.py",
+        old="text=str(os.getpid())):\n        return 0\n",
+        new="text=str(os.getpid())):\n        pass\n",
+        tests=(f"{NODES}::test_a_drainer_that_finds_another_at_work_leaves_it_to_that_one",),
+    ),
+    Mutant(
+        name="stored values are unpickled without weights_only",
+        path="integrations/sm_tiered_dcp/values.py",
+        old="        value: object = _loaded(stored, weights_only=True)\n",
+        new="        value: object = _loaded(stored, weights_only=False)\n",
+        tests=("tests/integrations/test_values.py",),
+    ),
+    Mutant(
+        name="a save that failed counts as one of those that are kept",
+        path="sm_tiered/generations.py",
+        old="not done and c < whole[0]",
+        new="False and c < whole[0]",
+        tests=("tests/unit/test_generations.py",),
+    ),
+)
+"""All of them."""
