@@ -22,7 +22,7 @@ from sm_tiered.settings import S3Settings
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-TIMEOUT_SECS = 60
+TIMEOUT_SECS = 120.0
 
 _MOTO = """
 import logging, sys
@@ -42,7 +42,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """No test may hang: each has a minute unless it says otherwise."""
+    """No test may hang: each has two minutes unless it says otherwise."""
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_SECS))

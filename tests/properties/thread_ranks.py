@@ -164,7 +164,8 @@ class Job:
         """Let go of everything, as the kernel does with a dead process."""
         for engine in self.engines:
             # A dead process waits for nobody's commit.
-            engine.saver._worker.submit(engine.saver._worker._polls.clear)
+            worker = engine.saver._worker
+            worker.submit(lambda worker=worker: worker._polls.clear())  # looked up there: each round has a new list
             engine.close()
         self._pool.shutdown()
         self.engines = []
