@@ -4,7 +4,7 @@ Every name that comes from outside (a listing, a record, a user) is parsed here 
 
     <root>/<namespace>/
         step_<10 digits>-a<6 digits>-<UTC seconds>-<8 hex>/
-            __<rank>_<n>.distcp  record-<5 digits>.json  .metadata  index.json  manifest.json
+            __<rank>_<n>.distcp  __<rank>_<n>.ckpt  record-<5 digits>.json  .metadata  index.json  manifest.json
         attempts/<attempt>.json  pins/  events/
         .arena/  .queue/  .locks/                   memory tier only
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from typing import NamedTuple
 
 from sm_tiered.errors import ConfigError, FormatError
 from sm_tiered.records import Attempt, CheckpointId
@@ -28,6 +29,7 @@ __all__ = [
     "MAX_WORLD",
     "METADATA",
     "QUEUE",
+    "PartName",
     "ack_counter",
     "attempt_key",
     "check_namespace",
@@ -35,10 +37,10 @@ __all__ = [
     "check_step",
     "checkpoint_dir",
     "in_dir",
-    "is_stock_part",
     "parse_attempt",
     "parse_attempt_key",
     "parse_checkpoint_dir",
+    "parse_part_name",
     "parse_record_name",
     "part_name",
     "rank_of_key",
@@ -66,7 +68,7 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", re.ASCII)
 _ATTEMPT = re.compile(r"a(\d{6})-(\d{1,12})-([0-9a-f]{8})", re.ASCII)
 _CHECKPOINT = re.compile(r"step_(\d{10})-(a\d{6}-\d{1,12}-[0-9a-f]{8})", re.ASCII)
 _RECORD = re.compile(r"record-(\d{5})\.json", re.ASCII)
-_STOCK_PART = re.compile(r"__(\d{1,6})_\d{1,6}\.distcp", re.ASCII)
+_STOCK_PART = re.compile(r"__(\d{1,6})_(\d{1,6})\.(distcp|ckpt)", re.ASCII)
 _ARENA_FILE = re.compile(r"(\d{1,6})-[0-9a-f]{8}", re.ASCII)
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 
@@ -121,14 +123,24 @@ def check_part_name(value: str) -> str:
     return value
 
 
-def part_name(rank: int, index: int) -> str:
-    """Return the name of the *index*-th stock DCP part of *rank*."""
-    return f"__{rank}_{index}.distcp"
+class PartName(NamedTuple):
+    """What the name of a stock part says."""
+
+    rank: int
+    number: int
+    kind: str
+    """``distcp``: DCP's own format; ``ckpt``: one ``torch.save`` file."""
 
 
-def is_stock_part(name: str) -> bool:
-    """Return whether *name* is one that `part_name` gives."""
-    return _STOCK_PART.fullmatch(name) is not None
+def part_name(rank: int, index: int, kind: str = "distcp") -> str:
+    """Return the name of the *index*-th stock part of *rank*."""
+    return f"__{rank}_{index}.{kind}"
+
+
+def parse_part_name(name: str) -> PartName | None:
+    """Return what *name* says, or None when it is none that `part_name` gives."""
+    found = _STOCK_PART.fullmatch(name)
+    return PartName(int(found[1]), int(found[2]), found[3]) if found else None
 
 
 def record_name(rank: int) -> str:

@@ -203,5 +203,5 @@ def _ours(name: str) -> bool:
     return (
         name in (layout.METADATA, layout.INDEX)
         or layout.parse_record_name(name) is not None
-        or layout.is_stock_part(name)
+        or layout.parse_part_name(name) is not None
     )

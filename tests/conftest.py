@@ -22,8 +22,6 @@ from sm_tiered.settings import S3Settings
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-TIMEOUT_SECS = 120.0
-
 _MOTO = """
 import logging, sys
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -39,13 +37,6 @@ def pytest_configure() -> None:
     """A shell starts what it runs in the background with SIGINT ignored, and so would every process of a test."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """No test may hang: each has two minutes unless it says otherwise."""
-    for item in items:
-        if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TIMEOUT_SECS))
 
 
 @pytest.fixture(autouse=True)

@@ -6,15 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sm_tiered_dcp.archive import Archive
     from sm_tiered_dcp.checkpointer import TieredCheckpointer
     from sm_tiered_dcp.reader import TieredStorageReader
     from sm_tiered_dcp.rng import RngState
     from sm_tiered_dcp.state import TrainState
     from sm_tiered_dcp.writer import TieredStorageWriter
 
-__all__ = ["RngState", "TieredCheckpointer", "TieredStorageReader", "TieredStorageWriter", "TrainState"]
+__all__ = ["Archive", "RngState", "TieredCheckpointer", "TieredStorageReader", "TieredStorageWriter", "TrainState"]
 
 _HOMES = {
+    "Archive": "archive",
     "RngState": "rng",
     "TieredCheckpointer": "checkpointer",
     "TieredStorageReader": "reader",

@@ -6,25 +6,20 @@ each mapping; after that a save copies the data and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 
-from sm_tiered.checksum import CHUNK_BYTES
 from sm_tiered.errors import StructureError
 from sm_tiered.records import Item, ItemTable
 from sm_tiered_dcp.bytes_part import BytesPart, ValueEntry
+from sm_tiered_dcp.copies import Piece, copy_tensors, in_chunks
 from sm_tiered_dcp.payload import ALIGNMENT, Skeleton, skeleton
-from sm_tiered_dcp.tensor_reads import dtype_name, row_major
+from sm_tiered_dcp.tensor_reads import dtype_name
 
 __all__ = ["BytesPart", "TensorEntry", "TensorLayout", "TensorPart", "ValueEntry", "layout_tensors"]
-
-_ASYNC_DEVICES = frozenset({"cuda", "xpu"})
-"""Devices whose copies to the host run in a stream that can be waited for."""
-
-_copy_all = cast("Callable[..., None]", vars(torch)["_foreach_copy_"])
 
 _VIEWS = object()
 """Key of what `TensorPart.write` keeps with a mapping."""
@@ -196,32 +191,11 @@ class TensorPart:
             _write_frame(buffer, self.layout)
             known = cache[_VIEWS] = (self.layout, _views(buffer, self.layout))
         with torch.no_grad():
-            _copy(known[1], self.tensors, self.devices)
+            copy_tensors(known[1], self.tensors, self.devices)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the part in pieces of 8 MiB, through a buffer of that size."""
-        return _streamed(self)
-
-
-def _copy(views: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], devices: frozenset[torch.device]) -> None:
-    """Copy each tensor to its view; when this returns, all have arrived."""
-    if not devices:
-        if tensors:
-            # One call for all: it loops in C++, without the interpreter and without its lock.
-            _copy_all(list(views), list(tensors))
-        return
-    queued = [device for device in devices if device.type in _ASYNC_DEVICES]
-    pairs = list(zip(views, tensors, strict=True))
-    try:
-        for view, tensor in pairs:
-            if not tensor.is_cpu:
-                view.copy_(tensor, non_blocking=tensor.device.type in _ASYNC_DEVICES)
-        for view, tensor in pairs:  # while the others' copies run
-            if tensor.is_cpu:
-                view.copy_(tensor)
-    finally:
-        for device in queued:
-            torch.get_device_module(device).current_stream(device).synchronize()
+        return in_chunks(_pieces(self), self.size)
 
 
 def _write_frame(buffer: memoryview, layout: TensorLayout) -> None:
@@ -247,24 +221,8 @@ def _views(buffer: memoryview, layout: TensorLayout) -> list[torch.Tensor]:
     return views
 
 
-def _streamed(part: TensorPart) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, part.size)))
-    at = 0
-    for length, source in _pieces(part):
-        done = 0
-        while done < length:
-            count = min(length - done, len(buffer) - at)
-            _take(source, done, buffer[at : at + count])
-            done, at = done + count, at + count
-            if at == len(buffer):
-                yield buffer
-                at = 0
-    if at:
-        yield buffer[:at]
-
-
-def _pieces(part: TensorPart) -> Iterator[tuple[int, bytes | torch.Tensor]]:
-    """Yield what the part consists of, in order: (length in bytes, bytes or a tensor)."""
+def _pieces(part: TensorPart) -> Iterator[Piece]:
+    """Yield what the part consists of, in order."""
     end = 0
     for item, found, tensor in zip(part.table.items, part.layout.skeletons, part.tensors, strict=False):
         yield item.offset - end, bytes(item.offset - end)
@@ -272,16 +230,3 @@ def _pieces(part: TensorPart) -> Iterator[tuple[int, bytes | torch.Tensor]]:
         yield found.payload_bytes, tensor.detach()
         yield len(found.trailer), found.trailer
         end = item.offset + item.length
-
-
-def _take(source: bytes | torch.Tensor, start: int, buffer: memoryview) -> None:
-    """Fill *buffer* from byte *start* of *source* on."""
-    if isinstance(source, bytes):
-        buffer[:] = source[start : start + len(buffer)]
-        return
-    # Payloads and the buffer's end are aligned, so no element is cut in two.
-    filled = torch.frombuffer(buffer, dtype=torch.uint8).view(source.dtype)
-    first, at = start // source.dtype.itemsize, 0
-    for piece in row_major(source, first, first + filled.numel()):
-        filled[at : at + piece.numel()].view(piece.shape).copy_(piece)
-        at += piece.numel()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
@@ -13,7 +15,7 @@ from sm_tiered.sources import Span
 from sm_tiered.voted_load import Read
 from sm_tiered_dcp.tensor_reads import place, ranges
 
-__all__ = ["ItemSource", "Sources", "read_plan_spans", "read_tensor", "read_value"]
+__all__ = ["ItemSource", "Sources", "PartStream", "read_plan_spans", "read_tensor", "read_value"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,47 @@ def read_tensor(source: ItemSource, request: ReadItem, target: torch.Tensor, rea
         read(source.rank, source.item.part, offset, buffer)
 
     place(source.item, tuple(request.storage_offsets), tuple(request.lengths), target, from_part)
+
+
+class PartStream(io.RawIOBase):
+    """A stored stream that is read where it stands, for readers that ask for it piece by piece."""
+
+    def __init__(self, source: ItemSource, read: Read) -> None:
+        super().__init__()
+        self._source, self._read, self._at = source, read, 0
+
+    @property
+    def length(self) -> int:
+        """In bytes."""
+        return self._source.item.length
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte of the stream."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """Return the byte that is read next."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill *buffer*, as far as the stream goes."""
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self.length - self._at)]
+        if view:
+            item = self._source.item
+            self._read(self._source.rank, item.part, item.offset + self._at, view)
+            self._at += len(view)
+        return len(view)
 
 
 def read_value(source: ItemSource, read: Read) -> bytes:

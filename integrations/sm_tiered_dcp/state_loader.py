@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan
@@ -17,9 +17,9 @@ from sm_tiered.sources import Span
 from sm_tiered.voted_load import Read
 from sm_tiered_dcp.finisher import metadata_from_records
 from sm_tiered_dcp.leaves import PER_RANK, check_state
-from sm_tiered_dcp.loading import Sources, read_plan_spans, read_tensor, read_value, source_of
+from sm_tiered_dcp.loading import ItemSource, PartStream, Sources, read_plan_spans, read_tensor, read_value, source_of
 from sm_tiered_dcp.target import Stored, Target
-from sm_tiered_dcp.values import load_value
+from sm_tiered_dcp.values import load_stream, load_value
 
 __all__ = ["PerRankRule", "StateLoader"]
 
@@ -119,11 +119,15 @@ class StateLoader:
     def check(self, read: Read) -> None:
         """Load the Python values: what only a pickle could hold is refused before anything is placed."""
         target, sources = self._opened()
+        for fqn in target.wanted_values:
+            self._values[fqn] = self._loaded(fqn, sources.get(fqn), read, archive=fqn in target.archives)
+
+    def _loaded(self, fqn: str, source: ItemSource, read: Read, *, archive: bool) -> object:
         allow = self._settings.allow_pickle
-        self._values = {
-            fqn: load_value(read_value(sources.get(fqn), read), allow_pickle=allow, what=fqn)
-            for fqn in target.wanted_values
-        }
+        if not archive:
+            return load_value(read_value(source, read), allow_pickle=allow, what=fqn)
+        stream = PartStream(source, read)
+        return load_stream(cast("IO[bytes]", stream), stream.length, allow_pickle=allow, what=fqn)
 
     def place(self, read: Read) -> None:
         """Fill the tensors and take the values; nothing of the user's is called."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from sm_tiered.errors import ConfigError, StructureError, TieredError, TierFullE
 from sm_tiered.events import MemoryTight, StructureReplanned
 from sm_tiered.handle import SaveHandle
 from sm_tiered.parts import PartSource
+from sm_tiered_dcp.archive import Packed, Packer
+from sm_tiered_dcp.archive_part import ArchivePart
 from sm_tiered_dcp.collector import collector_paused
 from sm_tiered_dcp.dcp_parts import BytesPart, ValueEntry
 from sm_tiered_dcp.engine import Engine
@@ -37,8 +39,10 @@ class StateSaver:
     state_dict_secs: float = 0.0
     """Time that the last save spent inside the user's ``state_dict``."""
     _signature: int | None = None
+    _packers: dict[str, Packer] = field(default_factory=dict[str, Packer])
+    """By the name of the archive."""
     _keeps_values: bool = False
-    """Whether this rank keeps, for its node, the Python values that rank 0 stores for the job."""
+    """Whether this rank keeps, for its node, the Python values and archives that rank 0 stores for the job."""
 
     @classmethod
     def of(cls, engine: Engine) -> StateSaver:
@@ -142,14 +146,24 @@ class StateSaver:
                 ValueEntry(fqn=fqn, path=leaf.path, data=dump_value(fqn, leaf.value, allow_pickle=allow))
                 for fqn, leaf in flat.per_rank_values.items()
             ),
+            archives=self._packed(flat),
         )
+
+    def _packed(self, flat: Flat) -> dict[str, Packed]:
+        """Pack what this rank stores or keeps; before the first plan, when that is not known, all that there is."""
+        if self.plan is not None and self.engine.group.rank != 0 and not self._keeps_values:
+            return {}
+        allow = self.engine.settings.allow_pickle
+        for fqn in flat.archives.keys() - self._packers.keys():
+            self._packers[fqn] = Packer(fqn, allow_pickle=allow)
+        return {fqn: self._packers[fqn].pack(leaf.value) for fqn, leaf in flat.archives.items()}
 
     def _request(
         self, step: int, tiers: frozenset[str], urgent: bool, taken: _Taken | None, failure: Exception | None
     ) -> Request:
         if taken is None or failure is not None:
             return Request(step=step, tiers=tiers, failure=failure)
-        changed = self.plan is None or taken.signature != self._signature
+        changed = self.plan is None or not self._holds(taken)
         return Request(
             step=step,
             tiers=tiers,
@@ -157,8 +171,13 @@ class StateSaver:
             structure_changed=changed,
             values_signature=values_signature(taken.flat),
             values_fingerprint=fingerprint({fqn: leaf.value for fqn, leaf in taken.flat.values.items()}),
-            size=None if changed else self.last_size,
+            size=None if changed else max(self.last_size or 0, taken.size),
         )
+
+    def _holds(self, taken: _Taken) -> bool:
+        """Whether what was planned still holds for *taken*: archives grow with what they hold."""
+        planned, size = self.last_size or 0, taken.size
+        return taken.signature == self._signature and (size <= planned or (size - planned) * 16 <= size)
 
     def _plan(self, taken: _Taken, step: int | None) -> None:
         """Plan with all ranks, and see to it that the generations fit. Collective."""
@@ -167,11 +186,15 @@ class StateSaver:
         nodes = engine.group.gather(engine.store.tiers.memory.node_key() if engine.store.tiers.memory else None)
         paths = {fqn: leaf.path for leaves in (flat.tensors, flat.per_rank_tensors) for fqn, leaf in leaves.items()}
         self.plan = plan_tensors(taken.tensors, paths, flat.tied, engine.group, nodes)
-        self._signature, self.last_size = taken.signature, self.plan.size
         here = nodes[engine.group.rank]
         self._keeps_values = here != nodes[0] and nodes.index(here) == engine.group.rank
+        if engine.group.rank != 0 and not self._keeps_values:
+            taken.archives.clear()
+        sizes = [part.layout.size for part in self.plan.parts]
+        sizes += [packed.frame.size for packed in taken.archives.values()]
+        self._signature, self.last_size = taken.signature, max(sizes, default=0)
         try:
-            engine.store.make_room([part.layout.size for part in self.plan.parts])
+            engine.store.make_room(sizes)
         except (ConfigError, TierFullError) as error:
             if first:
                 raise
@@ -208,6 +231,7 @@ class StateSaver:
         assert self.plan is not None
         rank = self.engine.group.rank
         parts: list[PartSource] = [part.bind(taken.tensors) for part in self.plan.parts]
+        parts += self._archive_parts(taken)
         common = [e for e in taken.common if (rank == 0 if taken.writers is None else e.fqn in taken.writers)]
         entries = (*common, *taken.own)
         if entries:
@@ -215,6 +239,12 @@ class StateSaver:
         if self._keeps_values and (kept := tuple(entry for entry in taken.common if entry not in common)):
             parts.append(BytesPart(name=layout.part_name(rank, KEPT_VALUES_PART), entries=kept, replica=True))
         return parts
+
+    def _archive_parts(self, taken: _Taken) -> Iterator[PartSource]:
+        rank = self.engine.group.rank
+        for index, (fqn, packed) in enumerate(taken.archives.items()):
+            name, path = layout.part_name(rank, index, "ckpt"), taken.flat.archives[fqn].path
+            yield ArchivePart(name=name, fqn=fqn, path=path, packed=packed, replica=rank != 0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -226,8 +256,15 @@ class _Taken:
     tensors: dict[str, Any]
     common: tuple[ValueEntry, ...]
     own: tuple[ValueEntry, ...]
+    archives: dict[str, Packed]
+    """Those that this rank may write."""
     writers: set[str] | None = None
     """The common values that this rank stores; None: rank 0 stores them all."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the largest archive."""
+        return max((packed.frame.size for packed in self.archives.values()), default=0)
 
 
 def _raise(failure: Exception | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from sm_tiered.errors import MismatchError, StructureError
+from sm_tiered_dcp.archive import Archive
 from sm_tiered_dcp.leaves import (
     PER_RANK,
     Kind,
@@ -65,6 +66,8 @@ class Target:
         """Live tensors to be filled, by stored name; detached, so that they may be written in place."""
         self.wanted_values: tuple[str, ...] = ()
         """Names of the Python values that `assign_values` expects."""
+        self.archives: frozenset[str] = frozenset()
+        """Those of them that go into an `Archive`."""
         self.missing: tuple[str, ...] = ()
         """Asked for, not stored."""
         self.unexpected: tuple[str, ...] = ()
@@ -106,6 +109,8 @@ class Target:
         except RecursionError as error:
             raise StructureError("the state is nested too deeply; does a container hold itself?") from error
         self.wanted_values = tuple(name for slot in self._slots for _, name in slot.leaves)
+        archives = (slot for slot in self._slots if isinstance(slot.current, Archive))
+        self.archives = frozenset(name for slot in archives for _, name in slot.leaves)
         self.missing = tuple(sorted(self._missing))
         self.unexpected = tuple(sorted(ours.keys() - self.tensors.keys() - set(self.wanted_values)))
 
@@ -222,7 +227,10 @@ class Target:
         used: set[int] = set()
         for slot in self._slots:
             new = _built([(path, self._values[name]) for path, name in slot.leaves])
-            slot.parent[slot.key] = _replaced(slot.current, new, used)
+            if isinstance(slot.current, Archive):
+                slot.current.value = new
+            else:
+                slot.parent[slot.key] = _replaced(slot.current, new, used)
         for value, box in self._loads:
             value.load_state_dict(box[0])
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import xxhash
 from torch.distributed.tensor import DTensor
 
 from sm_tiered.errors import StructureError
+from sm_tiered_dcp.archive import Archive
 from sm_tiered_dcp.leaves import (
     PER_RANK,
     PLAIN,
@@ -75,6 +77,8 @@ class Flat:
     per_rank_tensors: dict[str, TensorLeaf]
     """Of this rank alone, under names that hold its number; so are the next."""
     per_rank_values: dict[str, ValueLeaf]
+    archives: dict[str, ValueLeaf]
+    """Of the `Archive` leaves, what they hold."""
     tied: dict[str, str]
     """Names in `tensors` that are exact aliases of an earlier one, with its name: the bytes are stored once."""
 
@@ -101,6 +105,7 @@ def flatten(state: Mapping[str, Any], *, rank: int) -> Flat:
         values=shared.values,
         per_rank_tensors=own.tensors,
         per_rank_values=own.values,
+        archives=shared.archives,
         tied=shared.ties(),
     )
 
@@ -141,6 +146,7 @@ class _Walk:
         self._own = own
         self.tensors: dict[str, TensorLeaf] = {}
         self.values: dict[str, ValueLeaf] = {}
+        self.archives: dict[str, ValueLeaf] = {}
         self._pointers: dict[int, str] = {}
         self._repeated: list[str] = []
         self._placements: set[object] = set()
@@ -157,6 +163,8 @@ class _Walk:
             self._place_entries([(f"{name}.{index}", (*path, index)) for index in range(len(value))], value)
         elif kind == Kind.STATEFUL:
             self.place(name, path, state_of(name, value))
+        elif isinstance(value, Archive):
+            self._place_archive(name, path, value)
         else:
             if name in self.values:
                 raise_duplicate(name, self.values[name].path, path)
@@ -207,12 +215,22 @@ class _Walk:
                 self._repeated.append(name)
         self.tensors[name] = TensorLeaf(path, value)
 
+    def _place_archive(self, name: str, path: Path, archive: Archive) -> None:
+        if self._own:
+            message = f"{name} is an Archive, and {PER_RANK} holds small values"
+            raise StructureError(message, hint="Give it another top-level key")
+        if name in self.archives:
+            raise_duplicate(name, self.archives[name].path, path)
+        self.archives[name] = ValueLeaf(path, archive.value)
+
     def check_names(self) -> None:
-        """Refuse a name that a tensor and a value share, and NULs: paths need them."""
-        for name in self.tensors.keys() & self.values.keys():
-            raise_duplicate(name, self.tensors[name].path, self.values[name].path)
-        if "\0" in "".join(self.tensors) or "\0" in "".join(self.values):
-            name = next(name for name in (*self.tensors, *self.values) if "\0" in name)
+        """Refuse a name that two leaves share, and NULs: paths need them."""
+        kinds: tuple[Mapping[str, TensorLeaf | ValueLeaf], ...] = (self.tensors, self.values, self.archives)
+        for one, other in combinations(kinds, 2):
+            for name in one.keys() & other.keys():
+                raise_duplicate(name, one[name].path, other[name].path)
+        if any("\0" in "".join(kind) for kind in kinds):
+            name = next(name for kind in kinds for name in kind if "\0" in name)
             raise StructureError(f"a key of {name!r} has a NUL character in it", hint="Rename the key")
 
     def ties(self) -> dict[str, str]:
@@ -260,7 +278,7 @@ def signature(flat: Flat, *, world: int = 1) -> int:
             if mark is None:
                 mark = marks[facts] = _mark(path, value, meshes)
             texts += name, mark
-    return _hash(texts + [f"{name}={first}" for name, first in flat.tied.items()])
+    return _hash(texts + [f"{name}={first}" for name, first in flat.tied.items()] + [f"{n}:" for n in flat.archives])
 
 
 def _mark(path: Path, value: Any, meshes: dict[int, str]) -> str:

@@ -12,18 +12,18 @@ import io
 import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 
-from sm_tiered.errors import CorruptPartError, MismatchError, UnsafeValueError
+from sm_tiered.errors import CorruptPartError, MismatchError, TieredError, UnsafeValueError
 from sm_tiered_dcp.fingerprints import fingerprint
 from sm_tiered_dcp.leaves import lacks_storage
 from sm_tiered_dcp.marks import MARK, marked, unmarked
 from sm_tiered_dcp.zips import check_zip
 
-__all__ = ["MARK", "dump_value", "fingerprint", "load_value"]
+__all__ = ["MARK", "dump_value", "fingerprint", "load_stream", "load_value"]
 
 _PLAIN = frozenset({type(None), bool, float, complex, str, bytearray, torch.Size, torch.dtype, torch.device})
 _LONGEST_INT_BITS = 255 * 8 - 1
@@ -59,11 +59,24 @@ def load_value(data: bytes | bytearray | memoryview, *, allow_pickle: bool, what
         CorruptPartError: *data* is not such a stream.
     """
     stored = bytes(data)
-    if not stored.startswith(_ZIP):
-        raise CorruptPartError(f"{what}: {len(stored)} bytes that are no stored value", key=what)
+    value = load_stream(io.BytesIO(stored), len(stored), allow_pickle=allow_pickle, what=what)
     try:
-        check_zip(stored)
-        value: object = _loaded(stored, weights_only=True)
+        # The key stands in the stream as it is, so most values need no look inside.
+        return _Unmarker().walk(value, what) if MARK.encode() in stored else value
+    except Exception as error:
+        raise CorruptPartError(f"{what}: {_short(error)}", key=what) from error
+
+
+def load_stream(stream: IO[bytes], length: int, *, allow_pickle: bool, what: str) -> Any:
+    """Return the object that a ``torch.save`` stream of *length* bytes holds; see `load_value`."""
+    start = stream.read(len(_ZIP))
+    if start != _ZIP:
+        raise CorruptPartError(f"{what}: {length} bytes that are no stored value", key=what)
+    try:
+        check_zip(stream, length)
+        return _loaded(stream, weights_only=True)
+    except TieredError:
+        raise  # of the tier that is being read
     except Exception as error:
         if not _is_refusal(error):
             raise CorruptPartError(f"{what}: {_short(error)}", key=what) from error
@@ -72,17 +85,12 @@ def load_value(data: bytes | bytearray | memoryview, *, allow_pickle: bool, what
                 f"{what}: holds what only a pickle can load: {_short(error)}",
                 hint="If you trust who wrote it, set allow_pickle: true.",
             ) from error
-        value = _unpickled(stored, what)
-    try:
-        # The key stands in the stream as it is, so most values need no look inside.
-        return _Unmarker().walk(value, what) if MARK.encode() in stored else value
-    except Exception as error:
-        raise CorruptPartError(f"{what}: {_short(error)}", key=what) from error
+        return _unpickled(stream, what)
 
 
-def _unpickled(stored: bytes, what: str) -> object:
+def _unpickled(stream: IO[bytes], what: str) -> object:
     try:
-        return _loaded(stored, weights_only=False)
+        return _loaded(stream, weights_only=False)
     except Exception as error:
         raise MismatchError(
             f"{what}: {_short(error)}", hint="Is the code that defines the value importable here?"
@@ -95,8 +103,9 @@ def _dumped(value: object) -> bytes:
     return stream.getvalue()
 
 
-def _loaded(stored: bytes, *, weights_only: bool) -> object:
-    return cast(object, torch.load(io.BytesIO(stored), map_location="cpu", weights_only=weights_only))
+def _loaded(stream: IO[bytes], *, weights_only: bool) -> object:
+    stream.seek(0)
+    return cast(object, torch.load(stream, map_location="cpu", weights_only=weights_only))
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -241,7 +250,7 @@ class _Checker(_Walker):
         if self._allow_pickle:
             return value
         try:
-            _loaded(stored, weights_only=True)
+            _loaded(io.BytesIO(stored), weights_only=True)
         except Exception as error:
             raise UnsafeValueError(
                 f"{path}: {name} can't be stored safely", hint="Remove it or set allow_pickle: true."

@@ -18,9 +18,8 @@ from sm_tiered.tiers.slot import SlotFile, free_path
 __all__ = ["Shelf"]
 
 _RECYCLED = (0, 2)
-"""Indices of the stock parts that are arena files: the rank's share, and what it repeats for its node."""
+"""Numbers of DCP parts that are arena files: a rank's share, what its node keeps besides. Whole files all are."""
 _FREE = re.compile(r"(\d{1,6})-[0-9a-f]{8}", re.ASCII)
-_PART = re.compile(r"__(\d{1,6})_(\d{1,6})\.distcp", re.ASCII)
 _TRIES = 16
 
 
@@ -58,8 +57,8 @@ class Shelf:
 
     def has_record(self, checkpoint: CheckpointId, path: str) -> bool:
         """Whether the rank that wrote *path* also wrote its record of *checkpoint*."""
-        rank = int(os.path.basename(path).removeprefix("__").split("_", 1)[0])
-        return os.path.lexists(self._path(checkpoint, layout.record_name(rank)))
+        part = layout.parse_part_name(os.path.basename(path))
+        return part is not None and os.path.lexists(self._path(checkpoint, layout.record_name(part.rank)))
 
     def publish(self, file: SlotFile, checkpoint: CheckpointId, name: str) -> None:
         """Move *file* into the directory of *checkpoint*, which is made when missing."""
@@ -118,8 +117,9 @@ class Shelf:
 
     def _parts(self, checkpoint: CheckpointId, *, recycled: bool = False) -> list[str]:
         """The stock parts in the directory of *checkpoint* that are this rank's; *recycled*: only arena files."""
-        found = [part for part in map(_PART.fullmatch, self._listed(checkpoint)) if part and self._ours(int(part[1]))]
-        return [part[0] for part in found if not recycled or int(part[2]) in _RECYCLED]
+        found = {name: layout.parse_part_name(name) for name in self._listed(checkpoint)}
+        ours = {name: part for name, part in found.items() if part is not None and self._ours(part.rank)}
+        return [name for name, part in ours.items() if not recycled or part.kind == "ckpt" or part.number in _RECYCLED]
 
     def _path(self, checkpoint: CheckpointId, name: str = "") -> str:
         directory = f"{self._root}/{layout.checkpoint_dir(checkpoint)}"

@@ -444,7 +444,7 @@ HARM: dict[str, Callable[[Path, list[Path]], None]] = {
 }
 
 QUICK = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=25,
     derandomize=True,
     deadline=None,

@@ -1,0 +1,75 @@
+"""An archive as a part of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from sm_tiered.records import Item, ItemTable
+from sm_tiered_dcp.archive import Packed
+from sm_tiered_dcp.copies import Piece, copy_tensors, in_chunks
+
+__all__ = ["ArchivePart"]
+
+_VIEWS = object()
+"""Key of what `ArchivePart.write` keeps with a mapping."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ArchivePart:
+    """One file of its own, which is also a DCP value: stock readers find it as such. A `sm_tiered.parts.PartSource`."""
+
+    name: str
+    fqn: str
+    path: tuple[str | int, ...]
+    packed: Packed = field(repr=False)
+    replica: bool = False
+    recycled: bool = True
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.packed.frame.size
+
+    @property
+    def table(self) -> ItemTable:
+        """The one item: all of the file."""
+        return ItemTable(
+            items=(Item(fqn=self.fqn, path=self.path, part=self.name, offset=0, length=self.packed.frame.size),)
+        )
+
+    def write(self, buffer: memoryview, cache: dict[object, object]) -> None:
+        """Fill *buffer*. Tensors that view it stay in *cache*: drop that before the mapping behind is closed."""
+        frame, tensors = self.packed.frame, self.packed.tensors
+        kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        known = cast("tuple[object, object, list[torch.Tensor]] | None", cache.get(_VIEWS))
+        if known is None or known[0] != frame.holes or known[1] != kinds:
+            cache.clear()
+            known = cache[_VIEWS] = (frame.holes, kinds, self._views(buffer))
+        for start, piece in frame.pieces:
+            buffer[start : start + len(piece)] = piece
+        with torch.no_grad():
+            copy_tensors(known[2], tensors, frozenset(tensor.device for tensor in tensors if not tensor.is_cpu))
+
+    def _views(self, buffer: memoryview) -> list[torch.Tensor]:
+        if not self.packed.tensors:
+            return []
+        whole = torch.frombuffer(buffer, dtype=torch.uint8)
+        return [
+            whole[hole.offset : hole.offset + hole.length].view(tensor.dtype).view(tensor.shape)
+            for hole, tensor in zip(self.packed.frame.holes, self.packed.tensors, strict=True)
+        ]
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the file in pieces of 8 MiB, through a buffer of that size."""
+        return in_chunks(self._pieces(), self.size)
+
+    def _pieces(self) -> Iterator[Piece]:
+        frame = self.packed.frame
+        parts: dict[int, Piece] = {start: (len(piece), piece) for start, piece in frame.pieces}
+        for hole, tensor in zip(frame.holes, self.packed.tensors, strict=True):
+            parts[hole.offset] = (hole.length, tensor.detach())
+        yield from (parts[start] for start in sorted(parts))
