@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sm_tiered_dcp.archive import Archive
     from sm_tiered_dcp.checkpointer import TieredCheckpointer
+    from sm_tiered_dcp.leaves import Archive
     from sm_tiered_dcp.reader import TieredStorageReader
     from sm_tiered_dcp.rng import RngState
     from sm_tiered_dcp.state import TrainState
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Archive", "RngState", "TieredCheckpointer", "TieredStorageReader", "TieredStorageWriter", "TrainState"]
 
 _HOMES = {
-    "Archive": "archive",
+    "Archive": "leaves",
     "RngState": "rng",
     "TieredCheckpointer": "checkpointer",
     "TieredStorageReader": "reader",

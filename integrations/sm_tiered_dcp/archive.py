@@ -8,36 +8,20 @@ then only the pickle is made anew.
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from sm_tiered.errors import TieredError
-from sm_tiered_dcp.archive_pickles import MovedError, Pickled, PickleModule, pickle_again
+from sm_tiered.errors import TieredError, UnsafeValueError
+from sm_tiered_dcp.archive_pickles import Entry, MovedError, Pickled, PickleModule, pickle_again
 from sm_tiered_dcp.frames import Frame, framed
 from sm_tiered_dcp.proofs import blamed, loads_safely, pickles
 
-__all__ = ["Archive", "Packed", "Packer"]
+__all__ = ["Packed", "Packer"]
 
-_GLOBAL = re.compile(rb"c([\w.\x80-\xff]+)\n([\w.\x80-\xff]+)\n")
-"""How a pickle of protocol 2 names what it needs; text that only looks so does no harm."""
-
-_proven: set[tuple[bytes, bytes]] = set()
-"""What pickles named that ``torch.load(weights_only=True)`` has read."""
-
-
-class Archive:
-    """A leaf of a state: *value* is stored whole, as one file that ``torch.load`` reads, and comes back as one.
-
-    For what another program shall find as its own file; its tensors can't be resharded. Rank 0's is stored and comes
-    back on every rank; in the memory of each further node one rank keeps its own. So hold the same on all ranks.
-    """
-
-    def __init__(self, value: Any = None) -> None:
-        """Hold *value*; None where it is to be restored."""
-        self.value = value
+_proven: dict[object, set[object]] = {}
+"""What pickles named that ``torch.load(weights_only=True)`` has read, for what the user allows it to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +37,9 @@ class _Last(NamedTuple):
     """What the last save made."""
 
     frame: Frame
-    pickled: Pickled
+    data: bytes
+    """The pickle in it."""
+    entries: dict[object, Entry]
     records: frozenset[str]
     """Those that the pickle names."""
 
@@ -69,7 +55,7 @@ class Packer:
     def pack(self, value: object) -> Packed:
         """Return *value* ready to be written. Nothing is copied yet.
 
-        Tensors are stored on the CPU, views at their own size; what is one tensor stays one.
+        Plain tensors are stored on the CPU, views at their own size; what is one tensor stays one.
 
         Raises:
             UnsafeValueError: something inside could only be stored by a pickle that runs code (where that is allowed:
@@ -80,6 +66,8 @@ class Packer:
             return self._again(value) or self._anew(value)
         except TieredError:
             raise
+        except RecursionError as error:
+            raise UnsafeValueError(f"{self._path}: nested too deeply to be stored", hint="Flatten it.") from error
         except Exception as error:
             raise blamed(value, self._path, pickles, f"can't be stored: {error}", "Remove it.") from error
 
@@ -89,40 +77,53 @@ class Packer:
         if last is None:
             return None
         try:
-            pickled = pickle_again(value, last.pickled.entries)
+            pickled = pickle_again(value, last.entries)
         except MovedError:
             return None
-        if len(pickled.data) != len(last.pickled.data) or pickled.tensors.keys() != last.records:
+        if len(pickled.data) != len(last.data) or pickled.tensors.keys() != last.records:
             return None
-        self._prove(value, pickled.data)
+        self._prove(value, pickled.named)
         (_, first), *rest = last.frame.pieces
-        first = first.replace(last.pickled.data, pickled.data)
+        first = first.replace(last.data, pickled.data)
         return self._packed(replace(last.frame, pieces=((0, first), *rest)), pickled)
 
     def _anew(self, value: object) -> Packed:
         self._last, module = None, PickleModule(self._path)
-        frame, pickled = framed(value, pickle_module=module), module.pickled
-        if frame is None or frame.pieces[0][1].count(pickled.data) != 1:
-            self._prove(value, None)
-            return _plainly_packed(value)
-        self._prove(value, pickled.data)
-        return self._packed(frame, pickled)
+        try:
+            frame = _framed(value, module)
+            pickled = module.pickled
+            if frame is None or frame.pieces[0][1].count(pickled.data) != 1:
+                packed = _plainly_packed(value)
+                self._prove(value, None)
+                return packed
+            self._prove(value, pickled.named)
+            return self._packed(frame, pickled)
+        finally:
+            module.forget()
 
     def _packed(self, frame: Frame, pickled: Pickled) -> Packed:
-        tensors = tuple(pickled.tensors[hole.record] for hole in frame.holes)
-        self._last = _Last(frame, pickled, frozenset(pickled.tensors))
-        pickled.tensors.clear()  # what the training lets go of after a save shall be free
-        return Packed(frame=frame, tensors=tensors)
+        self._last = _Last(frame, pickled.data, pickled.entries, frozenset(pickled.tensors))
+        return Packed(frame=frame, tensors=tuple(pickled.tensors[hole.record] for hole in frame.holes))
 
-    def _prove(self, value: object, pickled: bytes | None) -> None:
+    def _prove(self, value: object, named: set[object] | None) -> None:
         """See that *value* loads without a pickle that runs code; once for all whose pickles name the same things."""
-        named = frozenset(_GLOBAL.findall(pickled)) if pickled is not None else None
-        if self._allow_pickle or (named is not None and named <= _proven):
+        allowed = frozenset(map(str, cast("Any", torch.serialization).get_safe_globals()))
+        known = _proven.setdefault(allowed, set())
+        if self._allow_pickle or (named is not None and named <= known):
             return
         if not loads_safely(value):
             hint = "Remove it or set allow_pickle: true."
             raise blamed(value, self._path, loads_safely, "can't be stored safely", hint)
-        _proven.update(named or ())
+        known.update(named or ())
+
+
+def _framed(value: object, module: PickleModule) -> Frame | None:
+    try:
+        return framed(value, pickle_module=module)
+    except (TieredError, RecursionError):
+        raise
+    except Exception:  # noqa: BLE001 - what torch can't do without the data, it may do with it, or tells of again
+        return None
 
 
 def _plainly_packed(value: object) -> Packed:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 
 from sm_tiered.records import Item, ItemTable
 from sm_tiered_dcp.archive import Packed
-from sm_tiered_dcp.copies import Piece, copy_tensors, in_chunks
+from sm_tiered_dcp.copies import Piece, copy_tensors, in_chunks, kept_views
 
 __all__ = ["ArchivePart"]
-
-_VIEWS = object()
-"""Key of what `ArchivePart.write` keeps with a mapping."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,14 +41,11 @@ class ArchivePart:
         """Fill *buffer*. Tensors that view it stay in *cache*: drop that before the mapping behind is closed."""
         frame, tensors = self.packed.frame, self.packed.tensors
         kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
-        known = cast("tuple[object, object, list[torch.Tensor]] | None", cache.get(_VIEWS))
-        if known is None or known[0] != frame.holes or known[1] != kinds:
-            cache.clear()
-            known = cache[_VIEWS] = (frame.holes, kinds, self._views(buffer))
+        views = kept_views(cache, (frame.holes, kinds), lambda: self._views(buffer))
         for start, piece in frame.pieces:
             buffer[start : start + len(piece)] = piece
         with torch.no_grad():
-            copy_tensors(known[2], tensors, frozenset(tensor.device for tensor in tensors if not tensor.is_cpu))
+            copy_tensors(views, tensors, frozenset(tensor.device for tensor in tensors if not tensor.is_cpu))
 
     def _views(self, buffer: memoryview) -> list[torch.Tensor]:
         if not self.packed.tensors:

@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import IO, Any, cast
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
 
-from sm_tiered.errors import UnsafeValueError
+from sm_tiered.errors import StructureError, UnsafeValueError
 from sm_tiered_dcp.frames import blank
-from sm_tiered_dcp.leaves import lacks_storage, no_storage
+from sm_tiered_dcp.leaves import identity, lacks_storage, no_storage
 
-__all__ = ["MovedError", "PickleModule", "Pickled", "pickle_again"]
+__all__ = ["Entry", "MovedError", "PickleModule", "Pickled", "pickle_again"]
 
 _PAD_BYTES = 4096
 """Pickles end at multiples of this, so that a counter with one digit more moves nothing; unpicklers stop before."""
 
 _PROTOCOL = 2
 """``torch.save``'s own."""
+
+_LONGEST_INT_BITS = 255 * 8 - 1
+"""Longer ones take another opcode, which safe loading doesn't know."""
 
 _STORAGES = (torch.UntypedStorage, torch.storage.TypedStorage)
 
@@ -42,13 +49,21 @@ class _Numbered:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """How one tensor is pickled."""
+class Entry:
+    """How one tensor is pickled; it does not keep the tensor alive."""
 
-    reduced: tuple[Any, ...]
+    function: Any
+    arguments: tuple[Any, ...]
+    """For the function, after the storage."""
     storage: _Numbered
     whole: bool
     """Whether its storage is copied as it is, rather than its numbers in order."""
+
+    @property
+    def reduced(self) -> tuple[Any, ...]:
+        """What a pickler is given; hooks are each tensor's own."""
+        own: list[Any] = [OrderedDict() if type(given) is OrderedDict else given for given in self.arguments]
+        return self.function, (self.storage, *own)
 
 
 @dataclass(slots=True)
@@ -59,11 +74,27 @@ class Pickled:
     """The pickle, padded."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     """By record, what its data is copied from."""
-    entries: dict[object, _Entry] = field(default_factory=dict[object, _Entry])
-    """By what tells a tensor from others, how it is pickled; nothing here keeps a tensor alive."""
+    entries: dict[object, Entry] = field(default_factory=dict[object, Entry])
+    """By what tells a tensor from others, how it is pickled."""
+    named: set[object] = field(default_factory=set[object])
+    """What decides whether it can be loaded safely: classes, functions, the types of what is not plain data."""
+
+    def meet(self, obj: Any) -> None:
+        """Take note of an object that a pickler meets."""
+        kind = cast("type[object]", type(obj))
+        if kind is int:
+            if obj.bit_length() > _LONGEST_INT_BITS:
+                self.named.add("a long int")
+        elif kind not in _PLAIN_DATA:
+            self.named.add(kind)
+            if isinstance(obj, (type, FunctionType, BuiltinFunctionType)):
+                self.named.add(obj)
 
 
-def pickle_again(value: object, entries: dict[object, _Entry]) -> Pickled:
+_PLAIN_DATA = frozenset({type(None), bool, float, complex, str, bytes, tuple, list, dict, torch.Size, torch.Tensor})
+
+
+def pickle_again(value: object, entries: dict[object, Entry]) -> Pickled:
     """Return the pickle of *value*, whose tensors are among *entries*.
 
     Raises:
@@ -81,10 +112,14 @@ class _Again(pickle.Pickler):
         self._made = made
 
     def persistent_id(self, obj: Any) -> Any:
+        # Asked of every object there is.
+        if type(obj) in _PLAIN_DATA:
+            return None
         if type(obj) is _Numbered:
             return obj.name
         if isinstance(obj, _STORAGES):
             raise MovedError
+        self._made.meet(obj)
         return None
 
     def reducer_override(self, obj: Any) -> Any:
@@ -109,7 +144,7 @@ class PickleModule:
         self._path = path
         self._blanks: dict[object, torch.Tensor] = {}
         self._numbered: dict[object, _Numbered] = {}
-        self._waiting: list[tuple[_Entry, torch.Tensor]] = []
+        self._waiting: list[tuple[Entry, torch.Tensor]] = []
 
     @property
     def Pickler(self) -> type[pickle.Pickler]:  # noqa: N802 - torch asks for it by this name
@@ -125,12 +160,15 @@ class PickleModule:
                 named = cast("Any", cls).persistent_id
 
                 def persistent_id(self: Any, obj: Any) -> Any:
-                    return module.name_of(obj, lambda: named(self, obj)) if isinstance(obj, _STORAGES) else None
+                    if isinstance(obj, _STORAGES):
+                        return module.name_of(obj, lambda: named(self, obj))
+                    module.pickled.meet(obj)
+                    return None
 
                 cast("Any", cls).persistent_id = persistent_id
 
             def reducer_override(self, obj: Any) -> Any:
-                return module.reduced(obj) if isinstance(obj, torch.Tensor) and _is_plain(obj) else NotImplemented
+                return module.reduced(obj) if isinstance(obj, torch.Tensor) else NotImplemented
 
             def dump(self, obj: Any) -> None:
                 super().dump(obj)
@@ -141,28 +179,34 @@ class PickleModule:
 
     def name_of(self, storage: Any, ask: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """Return torch's name for *storage*, and remember it."""
-        untyped: Any = getattr(storage, "_untyped_storage", storage)
-        numbered = self._numbered.setdefault((untyped._cdata, getattr(storage, "dtype", None)), _Numbered())
+        numbered = self._number(storage)
         if not numbered.name:
             numbered.name = ask()
             numbered.record = f"data/{numbered.name[2]}"
-            self.pickled.tensors[numbered.record] = _bytes_of(untyped)
+            self.pickled.tensors[numbered.record] = _bytes_of(_untyped(storage))
         return numbered.name
+
+    def _number(self, storage: Any) -> _Numbered:
+        return self._numbered.setdefault((_untyped(storage)._cdata, getattr(storage, "dtype", None)), _Numbered())
 
     def reduced(self, value: torch.Tensor) -> Any:
         """Return how *value* is pickled: as torch does it, but on the CPU, and of a view its own numbers alone."""
+        if isinstance(value, (DTensor, ShardedTensor)):
+            message = f"{self._path}: holds a {type(value).__name__}, of which this rank has only a part"
+            raise StructureError(message, hint="Store its full_tensor(), or put it into the state by its name.")
+        if not _is_plain(value):
+            return NotImplemented
         if value.is_meta:
             raise UnsafeValueError(f"{self._path}: a tensor on the meta device has no data to store")
         if lacks_storage(value):
             raise no_storage(self._path, value)
         place = _place(value)
-        whole = value.is_cpu and value.untyped_storage().nbytes() == value.nbytes and not _turned(value)
+        turned = value.is_conj() or value.is_neg()
+        whole = value.is_cpu and value.untyped_storage().nbytes() == value.nbytes and not turned
         stored: Any = value if whole else self._blank(place, value)
         reduced = stored.__reduce_ex__(_PROTOCOL)
-        storage = reduced[1][0]
-        numbered = self._numbered.setdefault((storage._untyped_storage._cdata, storage.dtype), _Numbered())
-        function, (_, *rest) = reduced
-        entry = _Entry((function, (numbered, *rest)), numbered, whole)
+        function, (storage, *arguments) = reduced
+        entry = Entry(function, tuple(arguments), self._number(storage), whole)
         self.pickled.entries[place] = entry
         self._waiting.append((entry, value))
         return reduced
@@ -176,9 +220,12 @@ class PickleModule:
         for entry, value in self._waiting:
             if not entry.whole:
                 self.pickled.tensors[entry.storage.record] = value.detach()
-        # A class is garbage that waits for the collector: nothing large may hang on it.
+
+    def forget(self) -> None:
+        """Let go of tensors: a class is garbage that waits for the collector, and nothing large may hang on it."""
         self._waiting.clear()
         self._blanks.clear()
+        self.pickled = Pickled()
 
 
 def _padded(stream: io.BytesIO) -> bytes:
@@ -188,19 +235,17 @@ def _padded(stream: io.BytesIO) -> bytes:
 
 def _is_plain(value: torch.Tensor) -> bool:
     """Whether *value* is numbers in a storage and nothing else; torch knows how to take others apart."""
-    kinds = type(value) is torch.Tensor and value.layout is torch.strided
-    return kinds and not value.is_nested and not value.is_quantized and not vars(value)
+    dense = type(value) is torch.Tensor and value.layout is torch.strided
+    return dense and not value.is_nested and not value.is_quantized and not vars(value)
 
 
 def _place(value: torch.Tensor) -> object:
-    """Equal for two tensors only if they are the same numbers in the same place."""
     storage: Any = value.untyped_storage()
-    facts = (storage._cdata, storage.nbytes(), value.data_ptr(), value.shape, value.stride(), value.dtype)
-    return (*facts, value.device, value.requires_grad, value.is_conj(), value.is_neg())
+    return storage._cdata, storage.nbytes(), value.requires_grad, *identity(value)
 
 
-def _turned(value: torch.Tensor) -> bool:
-    return value.is_conj() or value.is_neg()
+def _untyped(storage: Any) -> Any:
+    return getattr(storage, "_untyped_storage", storage)
 
 
 def _bytes_of(storage: Any) -> torch.Tensor:

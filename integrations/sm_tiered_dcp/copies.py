@@ -10,7 +10,7 @@ import torch
 from sm_tiered.checksum import CHUNK_BYTES
 from sm_tiered_dcp.tensor_reads import row_major
 
-__all__ = ["Piece", "copy_tensors", "in_chunks"]
+__all__ = ["Piece", "copy_tensors", "in_chunks", "kept_views"]
 
 Piece = tuple[int, "bytes | torch.Tensor"]
 """A length in bytes, and what has so many: bytes, or a tensor of which they are the data in row-major order."""
@@ -18,7 +18,24 @@ Piece = tuple[int, "bytes | torch.Tensor"]
 _ASYNC_DEVICES = frozenset({"cuda", "xpu"})
 """Devices whose copies to the host run in a stream that can be waited for."""
 
+_VIEWS = object()
+"""Key of what is kept with a mapping."""
+
 _copy_all = cast("Callable[..., None]", vars(torch)["_foreach_copy_"])
+
+
+def kept_views(
+    cache: dict[object, object], owner: object, make: Callable[[], list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Return what *make* made for *owner* when the mapping of *cache* was last written, or makes now.
+
+    One key for all kinds of parts: who finds another's there can't count on anything in these bytes.
+    """
+    known = cast("tuple[object, list[torch.Tensor]] | None", cache.get(_VIEWS))
+    if known is None or known[0] != owner:
+        cache.clear()  # before the first byte: should this fail, nothing is known
+        known = cache[_VIEWS] = (owner, make())
+    return known[1]
 
 
 def copy_tensors(

@@ -15,14 +15,11 @@ import torch
 from sm_tiered.errors import StructureError
 from sm_tiered.records import Item, ItemTable
 from sm_tiered_dcp.bytes_part import BytesPart, ValueEntry
-from sm_tiered_dcp.copies import Piece, copy_tensors, in_chunks
+from sm_tiered_dcp.copies import Piece, copy_tensors, in_chunks, kept_views
 from sm_tiered_dcp.payload import ALIGNMENT, Skeleton, skeleton
 from sm_tiered_dcp.tensor_reads import dtype_name
 
 __all__ = ["BytesPart", "TensorEntry", "TensorLayout", "TensorPart", "ValueEntry", "layout_tensors"]
-
-_VIEWS = object()
-"""Key of what `TensorPart.write` keeps with a mapping."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,13 +182,9 @@ class TensorPart:
 
     def write(self, buffer: memoryview, cache: dict[object, object]) -> None:
         """Fill *buffer*. Tensors that view it stay in *cache*: drop that before the mapping behind is closed."""
-        known = cast("tuple[TensorLayout, list[torch.Tensor]] | None", cache.get(_VIEWS))
-        if known is None or known[0] is not self.layout:
-            cache.pop(_VIEWS, None)  # before the first byte: should this fail, the headers are no longer known
-            _write_frame(buffer, self.layout)
-            known = cache[_VIEWS] = (self.layout, _views(buffer, self.layout))
+        views = kept_views(cache, self.layout, lambda: _framed(buffer, self.layout))
         with torch.no_grad():
-            copy_tensors(known[1], self.tensors, self.devices)
+            copy_tensors(views, self.tensors, self.devices)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the part in pieces of 8 MiB, through a buffer of that size."""
@@ -209,8 +202,9 @@ def _write_frame(buffer: memoryview, layout: TensorLayout) -> None:
         buffer[payload + found.payload_bytes : end] = found.trailer
 
 
-def _views(buffer: memoryview, layout: TensorLayout) -> list[torch.Tensor]:
-    """Return one tensor for each item, on the memory of *buffer*."""
+def _framed(buffer: memoryview, layout: TensorLayout) -> list[torch.Tensor]:
+    """Write all but the data, and return one tensor for each item, on the memory of *buffer*."""
+    _write_frame(buffer, layout)
     if not layout.size:
         return []
     whole = torch.frombuffer(buffer, dtype=torch.uint8)

@@ -21,6 +21,7 @@ from sm_tiered.errors import StructureError
 __all__ = [
     "PER_RANK",
     "PLAIN",
+    "Archive",
     "Kind",
     "Path",
     "Stateful",
@@ -30,6 +31,7 @@ __all__ = [
     "goes_in",
     "holds_leaves",
     "holds_python",
+    "identity",
     "is_flat_list",
     "kind_of",
     "lacks_storage",
@@ -46,6 +48,22 @@ __all__ = [
 
 PER_RANK = "per_rank"
 """The top-level key whose values belong to one rank."""
+
+
+class Archive:
+    """A leaf of a state: *value* is stored whole, as one file that ``torch.load`` reads, and comes back as one.
+
+    For what another program shall find as its own file; its tensors can't be resharded. Rank 0's is stored and comes
+    back on every rank; in the memory of each further node one rank keeps its own. So hold the same on all ranks.
+    """
+
+    def __init__(self, value: Any = None) -> None:
+        """Hold *value*; None where it is to be restored."""
+        self.value = value
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Archive is a leaf of a state: it stands in dicts and lists only")
+
 
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 """Types whose bytes are their own storage's."""
@@ -72,7 +90,7 @@ class Stateful(Protocol):
 class Kind:
     """How a value is treated. Plain ints: to compare members of an enum costs more than the rest of a leaf."""
 
-    TENSOR, DTENSOR, SHARDED, MAPPING, LIST, STATEFUL, LEAF = range(1, 8)
+    TENSOR, DTENSOR, SHARDED, MAPPING, LIST, STATEFUL, LEAF, ARCHIVE = range(1, 9)
 
 
 _KINDS: dict[type, int] = {
@@ -81,6 +99,7 @@ _KINDS: dict[type, int] = {
     ShardedTensor: Kind.SHARDED,
     dict: Kind.MAPPING,
     list: Kind.LIST,
+    Archive: Kind.ARCHIVE,
     **dict.fromkeys((int, float, str, bool, bytes, tuple, complex, type(None)), Kind.LEAF),
 }
 _SCALARS = frozenset(known for known, kind in _KINDS.items() if kind == Kind.LEAF)
@@ -96,6 +115,8 @@ def _classify(value: object) -> int:
         return Kind.SHARDED
     if isinstance(value, torch.Tensor):
         return Kind.DTENSOR if isinstance(value, DTensor) else Kind.TENSOR
+    if isinstance(value, Archive):
+        return Kind.ARCHIVE
     if isinstance(value, Stateful) and not isinstance(value, type):
         return Kind.STATEFUL
     if isinstance(value, Mapping):
@@ -109,7 +130,7 @@ def holds_leaves(mapping: Mapping[Any, object]) -> bool:
 
 
 def is_flat_list(values: Collection[object]) -> bool:
-    """Whether a list is one leaf: it holds no tensor, mapping or Stateful object at any depth of lists."""
+    """Whether a list is one leaf: it holds nothing with a name of its own at any depth of lists."""
     if _SCALARS.issuperset(map(type, values)):
         return True
     for entry in values:
@@ -221,6 +242,12 @@ def local_tensors(value: Any) -> list[Any]:
     if kind == Kind.SHARDED:
         return [shard.tensor for shard in value.local_shards()]
     return [value._local_tensor if kind == Kind.DTENSOR else value]
+
+
+def identity(local: Any) -> tuple[Any, ...]:
+    """Equal for two tensors in this process only if they are the same numbers in the same place."""
+    place = (local.data_ptr(), local.shape, local.stride(), local.dtype, local.device)
+    return (*place, local.is_conj(), local.is_neg())
 
 
 def lacks_storage(local: Any) -> bool:

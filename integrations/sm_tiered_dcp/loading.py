@@ -15,7 +15,7 @@ from sm_tiered.sources import Span
 from sm_tiered.voted_load import Read
 from sm_tiered_dcp.tensor_reads import place, ranges
 
-__all__ = ["ItemSource", "Sources", "PartStream", "read_plan_spans", "read_tensor", "read_value"]
+__all__ = ["ItemSource", "PartStream", "Sources", "read_plan_spans", "read_tensor", "read_value"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +83,8 @@ class PartStream(io.RawIOBase):
     def __init__(self, source: ItemSource, read: Read) -> None:
         super().__init__()
         self._source, self._read, self._at = source, read, 0
+        self.failure: Exception | None = None
+        """What reading failed of first; who reads may not have passed it on."""
 
     @property
     def length(self) -> int:
@@ -90,11 +92,11 @@ class PartStream(io.RawIOBase):
         return self._source.item.length
 
     def readable(self) -> bool:
-        """True."""
+        """Whether it can be read: it can."""
         return True
 
     def seekable(self) -> bool:
-        """True."""
+        """Whether it can be read from anywhere: it can."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -113,7 +115,11 @@ class PartStream(io.RawIOBase):
         view = view[: max(0, self.length - self._at)]
         if view:
             item = self._source.item
-            self._read(self._source.rank, item.part, item.offset + self._at, view)
+            try:
+                self._read(self._source.rank, item.part, item.offset + self._at, view)
+            except Exception as error:
+                self.failure = self.failure or error
+                raise
             self._at += len(view)
         return len(view)
 

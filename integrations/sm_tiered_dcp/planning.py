@@ -88,11 +88,6 @@ class TensorPlan:
 
     parts: tuple[PlannedPart, ...]
 
-    @property
-    def size(self) -> int:
-        """Bytes of the largest part."""
-        return max((part.layout.size for part in self.parts), default=0)
-
 
 def local_tensor(value: Any, offsets: tuple[int, ...]) -> torch.Tensor:
     """Return the plain tensor behind *value*: a tensor, a DTensor's local one, a ShardedTensor's shard at *offsets*."""

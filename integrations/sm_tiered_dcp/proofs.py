@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from sm_tiered.errors import UnsafeValueError
+from sm_tiered_dcp.leaves import PLAIN
 
 __all__ = ["blamed", "loads_safely", "pickles"]
 
@@ -34,9 +35,15 @@ def pickles(value: object) -> bool:
 
 def blamed(value: object, path: str, works: Callable[[object], bool], what: str, hint: str) -> UnsafeValueError:
     """Return the error that names the innermost value inside *value*, at *path*, that does not work."""
-    for place, inner in _entries(value, path):
-        if not works(inner):
-            return blamed(inner, place, works, what, hint)
+    seen = {id(value)}
+    while True:
+        for place, inner in _entries(value, path):
+            if id(inner) not in seen and not works(inner):
+                seen.add(id(inner))
+                value, path = inner, place
+                break
+        else:
+            break
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return UnsafeValueError(f"{path}: {name} {what}", hint=hint)
@@ -52,8 +59,10 @@ def _entries(value: object, path: str) -> Iterator[tuple[str, object]]:
 
 
 class _Hollow(pickle.Pickler):
+    """Pickles tensors that are nothing but numbers as ones without."""
+
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        if type(value) not in PLAIN or vars(value):
             return NotImplemented
         empty: Any = torch.empty(0)
         return empty.__reduce_ex__(2)

@@ -8,9 +8,10 @@ from typing import IO, Any, cast
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from sm_tiered import layout
 from sm_tiered.errors import MismatchError, RestoreError, StructureError
 from sm_tiered.group import Group
-from sm_tiered.records import CheckpointId
+from sm_tiered.records import CheckpointId, Item
 from sm_tiered.resolve import Candidate
 from sm_tiered.settings import Settings
 from sm_tiered.sources import Span
@@ -60,7 +61,7 @@ class StateLoader:
 
     def _open(self, candidate: Candidate) -> None:
         items = {item.fqn: item for record in candidate.records for item in record.items}
-        stored = {fqn: Stored(path=item.path, is_tensor=item.payload is not None) for fqn, item in items.items()}
+        stored = {fqn: Stored(item.path, item.payload is not None, _is_archive(item)) for fqn, item in items.items()}
         target = self._target = Target(self._state, rank=self._group.rank)
         try:
             check_state(self._state)
@@ -120,14 +121,19 @@ class StateLoader:
         """Load the Python values: what only a pickle could hold is refused before anything is placed."""
         target, sources = self._opened()
         for fqn in target.wanted_values:
-            self._values[fqn] = self._loaded(fqn, sources.get(fqn), read, archive=fqn in target.archives)
+            self._values[fqn] = self._loaded(fqn, sources.get(fqn), read)
 
-    def _loaded(self, fqn: str, source: ItemSource, read: Read, *, archive: bool) -> object:
+    def _loaded(self, fqn: str, source: ItemSource, read: Read) -> object:
         allow = self._settings.allow_pickle
-        if not archive:
+        if not _is_archive(source.item):
             return load_value(read_value(source, read), allow_pickle=allow, what=fqn)
         stream = PartStream(source, read)
-        return load_stream(cast("IO[bytes]", stream), stream.length, allow_pickle=allow, what=fqn)
+        try:
+            return load_stream(cast("IO[bytes]", stream), stream.length, allow_pickle=allow, what=fqn)
+        except Exception:
+            if stream.failure is not None:
+                raise stream.failure from None  # torch makes of it that the stream has no `read`
+            raise
 
     def place(self, read: Read) -> None:
         """Fill the tensors and take the values; nothing of the user's is called."""
@@ -146,6 +152,11 @@ class StateLoader:
         """Put the values in place and call ``load_state_dict``."""
         if self._target is not None:
             self._target.finish()
+
+
+def _is_archive(item: Item) -> bool:
+    part = layout.parse_part_name(item.part)
+    return part is not None and part.kind == "ckpt"
 
 
 def _planner() -> Any:

@@ -27,6 +27,9 @@ from sm_tiered_dcp.values import dump_value
 
 __all__ = ["StateSaver"]
 
+_WITH_SLACK = 16 / 15
+"""So much more than planned still goes into a file of the arena."""
+
 
 @dataclass(slots=True)
 class StateSaver:
@@ -35,12 +38,14 @@ class StateSaver:
     engine: Engine
     plan: TensorPlan | None = None
     last_size: int | None = None
-    """Bytes of the recycled part at the last save."""
+    """Bytes of the largest recycled part, as it was planned last."""
     state_dict_secs: float = 0.0
     """Time that the last save spent inside the user's ``state_dict``."""
     _signature: int | None = None
     _packers: dict[str, Packer] = field(default_factory=dict[str, Packer])
-    """By the name of the archive."""
+    """By the name of the archive; so are the next."""
+    _planned_archives: dict[str, int] = field(default_factory=dict[str, int])
+    """How many bytes room was made for."""
     _keeps_values: bool = False
     """Whether this rank keeps, for its node, the Python values and archives that rank 0 stores for the job."""
 
@@ -154,8 +159,7 @@ class StateSaver:
         if self.plan is not None and self.engine.group.rank != 0 and not self._keeps_values:
             return {}
         allow = self.engine.settings.allow_pickle
-        for fqn in flat.archives.keys() - self._packers.keys():
-            self._packers[fqn] = Packer(fqn, allow_pickle=allow)
+        self._packers = {fqn: self._packers.get(fqn) or Packer(fqn, allow_pickle=allow) for fqn in flat.archives}
         return {fqn: self._packers[fqn].pack(leaf.value) for fqn, leaf in flat.archives.items()}
 
     def _request(
@@ -163,7 +167,7 @@ class StateSaver:
     ) -> Request:
         if taken is None or failure is not None:
             return Request(step=step, tiers=tiers, failure=failure)
-        changed = self.plan is None or not self._holds(taken)
+        changed = self.plan is None or taken.signature != self._signature or not self._fits(taken)
         return Request(
             step=step,
             tiers=tiers,
@@ -171,13 +175,13 @@ class StateSaver:
             structure_changed=changed,
             values_signature=values_signature(taken.flat),
             values_fingerprint=fingerprint({fqn: leaf.value for fqn, leaf in taken.flat.values.items()}),
-            size=None if changed else max(self.last_size or 0, taken.size),
+            size=None if changed else max(self.last_size or 0, taken.largest_archive),
         )
 
-    def _holds(self, taken: _Taken) -> bool:
-        """Whether what was planned still holds for *taken*: archives grow with what they hold."""
-        planned, size = self.last_size or 0, taken.size
-        return taken.signature == self._signature and (size <= planned or (size - planned) * 16 <= size)
+    def _fits(self, taken: _Taken) -> bool:
+        """Whether the archives fit where room was made for them: they grow with what they hold."""
+        planned = self._planned_archives
+        return all(packed.frame.size <= _WITH_SLACK * planned.get(fqn, 0) for fqn, packed in taken.archives.items())
 
     def _plan(self, taken: _Taken, step: int | None) -> None:
         """Plan with all ranks, and see to it that the generations fit. Collective."""
@@ -190,8 +194,11 @@ class StateSaver:
         self._keeps_values = here != nodes[0] and nodes.index(here) == engine.group.rank
         if engine.group.rank != 0 and not self._keeps_values:
             taken.archives.clear()
+            self._packers.clear()
+        grown = not first and taken.signature == self._signature
+        self._planned_archives = {fqn: packed.frame.size for fqn, packed in taken.archives.items()}
         sizes = [part.layout.size for part in self.plan.parts]
-        sizes += [packed.frame.size for packed in taken.archives.values()]
+        sizes += self._planned_archives.values()
         self._signature, self.last_size = taken.signature, max(sizes, default=0)
         try:
             engine.store.make_room(sizes)
@@ -201,9 +208,8 @@ class StateSaver:
             # In the middle of a training a save that finds no room is streamed, or skipped and told.
             engine.store.events.emit(MemoryTight(warning=str(error)))
         if step is not None and not first:
-            engine.store.events.emit(
-                StructureReplanned(step=step, reason="names, shapes, dtypes or placements changed")
-            )
+            reason = "an archive outgrew its room" if grown else "names, shapes, dtypes or placements changed"
+            engine.store.events.emit(StructureReplanned(step=step, reason=reason))
 
     def _compare_values(self, agreement: Agreement, taken: _Taken) -> None:
         """Python values outside per_rank are stored once: ranks that differ would silently lose all but one.
@@ -214,6 +220,7 @@ class StateSaver:
         if agreement.same_value_names and agreement.same_values:
             return
         mine = {fqn: fingerprint(leaf.value) for fqn, leaf in taken.flat.values.items()}
+        self._compare_archives(taken.flat)
         found: dict[str, tuple[int, int]] = {}
         for rank, prints in enumerate(self.engine.group.gather(mine)):
             for fqn, value in prints.items():
@@ -226,6 +233,16 @@ class StateSaver:
                     )
         me = self.engine.group.rank
         taken.writers = {fqn for fqn, (rank, _) in found.items() if rank == me}
+
+    def _compare_archives(self, flat: Flat) -> None:
+        """Rank 0's are stored: what another rank alone holds as an archive would be lost."""
+        names = self.engine.group.gather(sorted(flat.archives))
+        for rank, others in enumerate(names):
+            if others != names[0]:
+                one = min(set(others) ^ set(names[0]))
+                has, lacks = (0, rank) if one in names[0] else (rank, 0)
+                message = f"{one} is an Archive on rank {has} and not on rank {lacks}"
+                raise StructureError(message, hint="Hold the same archives on every rank.", rank=rank)
 
     def _parts(self, taken: _Taken) -> list[PartSource]:
         assert self.plan is not None
@@ -262,8 +279,8 @@ class _Taken:
     """The common values that this rank stores; None: rank 0 stores them all."""
 
     @property
-    def size(self) -> int:
-        """Bytes of the largest archive."""
+    def largest_archive(self) -> int:
+        """In bytes."""
         return max((packed.frame.size for packed in self.archives.values()), default=0)
 
 

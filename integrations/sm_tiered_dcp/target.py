@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from sm_tiered.errors import MismatchError, StructureError
-from sm_tiered_dcp.archive import Archive
 from sm_tiered_dcp.leaves import (
     PER_RANK,
+    Archive,
     Kind,
     Path,
     check_state,
@@ -45,6 +45,7 @@ class Stored(NamedTuple):
 
     path: Path
     is_tensor: bool
+    is_archive: bool = False
 
 
 class _Slot(NamedTuple):
@@ -66,8 +67,7 @@ class Target:
         """Live tensors to be filled, by stored name; detached, so that they may be written in place."""
         self.wanted_values: tuple[str, ...] = ()
         """Names of the Python values that `assign_values` expects."""
-        self.archives: frozenset[str] = frozenset()
-        """Those of them that go into an `Archive`."""
+        self._archives: dict[str, Archive] = {}
         self.missing: tuple[str, ...] = ()
         """Asked for, not stored."""
         self.unexpected: tuple[str, ...] = ()
@@ -108,9 +108,7 @@ class Target:
                     self._visit(own, (PER_RANK, own.removeprefix(f"{PER_RANK}.")), state[key], state, key)
         except RecursionError as error:
             raise StructureError("the state is nested too deeply; does a container hold itself?") from error
-        self.wanted_values = tuple(name for slot in self._slots for _, name in slot.leaves)
-        archives = (slot for slot in self._slots if isinstance(slot.current, Archive))
-        self.archives = frozenset(name for slot in archives for _, name in slot.leaves)
+        self.wanted_values = (*(name for slot in self._slots for _, name in slot.leaves), *self._archives)
         self.missing = tuple(sorted(self._missing))
         self.unexpected = tuple(sorted(ours.keys() - self.tensors.keys() - set(self.wanted_values)))
 
@@ -118,6 +116,8 @@ class Target:
         kind = kind_of(value)
         if kind <= Kind.SHARDED:
             self._want_tensor(name, path, value)
+        elif kind == Kind.ARCHIVE:
+            self._want_archive(name, path, value)
         elif kind == Kind.STATEFUL:
             self._open_stateful(name, path, value)
         elif holds_python(value):
@@ -144,6 +144,17 @@ class Target:
         else:
             detached = kind_of(value) != Kind.SHARDED and value.requires_grad
             self.tensors[name] = value.detach() if detached else value
+
+    def _want_archive(self, name: str, path: Path, archive: Archive) -> None:
+        self._claim(name, path)
+        found = self._stored.names.get(name)
+        if found is None:
+            self._missing.append(name)
+        elif not found.is_archive:
+            what = "tensor" if found.is_tensor else "Python value"
+            raise self._error(f"{name}: a {what} was saved, the state has an Archive")
+        else:
+            self._archives[name] = archive
 
     def _open_stateful(self, name: str, path: Path, value: Any) -> None:
         names = [found[len(name) + 1 :] for found in self._stored.below(name)]
@@ -227,10 +238,9 @@ class Target:
         used: set[int] = set()
         for slot in self._slots:
             new = _built([(path, self._values[name]) for path, name in slot.leaves])
-            if isinstance(slot.current, Archive):
-                slot.current.value = new
-            else:
-                slot.parent[slot.key] = _replaced(slot.current, new, used)
+            slot.parent[slot.key] = _replaced(slot.current, new, used)
+        for name, archive in self._archives.items():
+            archive.value = self._values[name]
         for value, box in self._loads:
             value.load_state_dict(box[0])
 

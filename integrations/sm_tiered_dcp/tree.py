@@ -15,15 +15,16 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from sm_tiered.errors import StructureError
-from sm_tiered_dcp.archive import Archive
 from sm_tiered_dcp.leaves import (
     PER_RANK,
     PLAIN,
+    Archive,
     Kind,
     Path,
     check_state,
     check_tensor,
     holds_leaves,
+    identity,
     is_flat_list,
     kind_of,
     local_tensors,
@@ -163,7 +164,7 @@ class _Walk:
             self._place_entries([(f"{name}.{index}", (*path, index)) for index in range(len(value))], value)
         elif kind == Kind.STATEFUL:
             self.place(name, path, state_of(name, value))
-        elif isinstance(value, Archive):
+        elif kind == Kind.ARCHIVE:
             self._place_archive(name, path, value)
         else:
             if name in self.values:
@@ -250,9 +251,8 @@ def _pointer(value: Any) -> int:
 
 
 def _identity(value: Any) -> object:
-    """Equal for two tensors only if they are the same numbers in the same place."""
-    local = local_tensors(value)[0]
-    place = (local.data_ptr(), local.shape, local.stride(), local.dtype, local.device, local.is_conj(), local.is_neg())
+    """`identity`, and of a DTensor which part it is."""
+    place = identity(local_tensors(value)[0])
     return (*place, value.placements, value.device_mesh, value.shape) if kind_of(value) == Kind.DTENSOR else place
 
 
@@ -299,8 +299,8 @@ def _mesh_text(mesh: Any, known: dict[int, str]) -> str:
 
 
 def values_signature(flat: Flat) -> int:
-    """Return a hash of 63 bits of the names of the Python values, those of one rank alone left out."""
-    return _hash(sorted(flat.values))
+    """Return a hash of 63 bits of the names of Python values and of archives, those of one rank alone left out."""
+    return _hash([*sorted(flat.values), *(f"{name}=" for name in sorted(flat.archives))])
 
 
 def _hash(texts: Iterable[str]) -> int:

@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from sm_tiered.errors import CorruptPartError, MismatchError, TieredError, UnsafeValueError
+from sm_tiered.errors import CorruptPartError, MismatchError, UnsafeValueError
 from sm_tiered_dcp.fingerprints import fingerprint
 from sm_tiered_dcp.leaves import lacks_storage
 from sm_tiered_dcp.marks import MARK, marked, unmarked
@@ -75,8 +75,8 @@ def load_stream(stream: IO[bytes], length: int, *, allow_pickle: bool, what: str
     try:
         check_zip(stream, length)
         return _loaded(stream, weights_only=True)
-    except TieredError:
-        raise  # of the tier that is being read
+    except MemoryError:
+        raise  # no damage
     except Exception as error:
         if not _is_refusal(error):
             raise CorruptPartError(f"{what}: {_short(error)}", key=what) from error
@@ -91,6 +91,8 @@ def load_stream(stream: IO[bytes], length: int, *, allow_pickle: bool, what: str
 def _unpickled(stream: IO[bytes], what: str) -> object:
     try:
         return _loaded(stream, weights_only=False)
+    except MemoryError:
+        raise
     except Exception as error:
         raise MismatchError(
             f"{what}: {_short(error)}", hint="Is the code that defines the value importable here?"

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from sm_tiered_dcp import Archive, TieredCheckpointer
 from tests.distributed.dcp_jobs import bits, raised, recipe, run, step_dir
@@ -59,6 +61,30 @@ def test_a_lost_node_takes_its_copy_from_the_durable_tier(tmp_path: Path) -> Non
             path.unlink()
     found = run(WORLD, _restore, tmp_path, 2)
     assert found == [(2, "memory+disk", True, (0, 2)), (2, "memory+disk", True, (1, 2))]
+
+
+def _disagreeing(rank: int, root: Path) -> list[tuple[str, str]]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    shard = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)])
+    found: list[tuple[str, str]] = []
+    with TieredCheckpointer.from_recipe(_recipe(root, rank, nodes=1)) as checkpointer:
+        one, other = {"w": torch.zeros(3), "c": Archive({})}, {"w": torch.zeros(3)}
+        for mine in (one if rank else other, {**other, "c": 1} if rank else one, {"c": Archive({"w": shard})}):
+            found.append(raised(lambda mine=mine: checkpointer.save(1, mine)))
+        checkpointer.save(2, {"checkpoint": Archive(_value(2))}, ["memory"]).wait("memory")
+    return found
+
+
+def test_ranks_that_hold_other_archives_or_parts_of_one_tensor_are_told(tmp_path: Path) -> None:
+    for found in run(WORLD, _disagreeing, tmp_path):
+        words = (
+            "c is an Archive on rank 1 and not on rank 0 (rank 1). Hold the same archives on every rank.",
+            "c is an Archive on rank 0 and not on rank 1",
+            "c: holds a DTensor, of which this rank has only a part",
+        )
+        for (kind, text), expected in zip(found, words, strict=True):
+            assert kind == "StructureError"
+            assert expected in text
 
 
 def _refused(rank: int, root: Path) -> tuple[str, str]:

@@ -18,10 +18,20 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 
-from sm_tiered.errors import MismatchError, NothingRestorableError, StructureError, UnsafeValueError
+from sm_tiered import sources
+from sm_tiered.errors import (
+    MismatchError,
+    NothingRestorableError,
+    StructureError,
+    TierUnavailableError,
+    UnsafeValueError,
+)
 from sm_tiered_dcp import Archive, TieredCheckpointer, archive, frames
 from sm_tiered_dcp.archive import Packed, Packer
 from sm_tiered_dcp.archive_part import ArchivePart
+from sm_tiered_dcp.dcp_parts import TensorEntry, layout_tensors
+from sm_tiered_dcp.marks import MARK
+from sm_tiered_dcp.tensor_reads import _DTYPES
 from tests.distributed.dcp_jobs import bits, recipe, step_dir
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -138,7 +148,7 @@ def test_packed_again_it_is_what_it_would_be_packed_anew(seed: int) -> None:
         changed(value, random)
         last = packer._last
         packed = packer.pack(value)
-        again += last is not None and packer._last is not None and packer._last.pickled.entries is last.pickled.entries
+        again += last is not None and packer._last is not None and packer._last.entries is last.entries
         stored = written(packed)
         assert bits(loaded(stored)) == bits(value)
         assert len(stored) == len(written(pack(value, "x", allow_pickle=False)))
@@ -188,6 +198,93 @@ def test_what_only_a_pickle_stores_is_refused_by_name_unless_it_is_allowed(make:
             pack(make(), "checkpoint", allow_pickle=False)
     stored = written(pack(make(), "checkpoint", allow_pickle=True))
     torch.load(io.BytesIO(stored), weights_only=False)
+
+
+class Sub(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+def marked_parameter() -> nn.Parameter:
+    parameter: Any = nn.Parameter(torch.ones(3))
+    parameter.meta = Namespace(lr=1)
+    return parameter
+
+
+def looped() -> list[Any]:
+    value: list[Any] = [Namespace(lr=1)]
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        (lambda: {"t": "cargparse\nNamespace\n"}, lambda: {"h": Namespace(lr=1)}, r"\['h'\]: argparse.Namespace"),
+        (lambda: {"t": OrderedDict()}, lambda: {"s": torch.ones(3).as_subclass(Sub)}, r"\['s'\]: .*Sub can't"),
+        (lambda: {"p": nn.Parameter(torch.ones(3))}, lambda: {"p": marked_parameter()}, r"\['p'\]: .*Parameter can't"),
+        (lambda: {"n": 5}, lambda: {"n": [1 << 3000]}, r"\['n'\]\[0\]: int can't"),
+        (lambda: {"n": {1}}, lambda: {"n": frozenset([1])}, r"\['n'\]: frozenset can't"),
+        (lambda: {"n": 1}, lambda: {"n": looped()}, r"\['n'\]\[0\]: argparse.Namespace can't"),
+    ],
+)
+def test_what_was_found_safe_lets_nothing_else_through(
+    first: Callable[[], Any], then: Callable[[], Any], words: str
+) -> None:
+    packer = Packer("checkpoint", allow_pickle=False)
+    assert bits(loaded(written(packer.pack(first())))) == bits(first())
+    for _ in range(2):
+        with pytest.raises(UnsafeValueError, match=words):
+            packer.pack(then())
+    packer.pack(first())
+
+
+def test_what_the_user_calls_safe_is_so_only_as_long_as_he_does() -> None:
+    packer = Packer("checkpoint", allow_pickle=False)
+    with torch.serialization.safe_globals([Namespace]):
+        packer.pack({"n": Namespace(lr=1)})
+    with pytest.raises(UnsafeValueError, match="Namespace"):
+        packer.pack({"n": Namespace(lr=1)})
+
+
+def test_what_is_nested_too_deeply_is_said_to_be() -> None:
+    value: list[Any] = []
+    for _ in range(5000):
+        value = [value]
+    with pytest.raises(UnsafeValueError, match="checkpoint: nested too deeply"):
+        pack(value, "checkpoint", allow_pickle=False)
+
+
+def test_every_dtype_goes_in() -> None:
+    value = {name: torch.zeros(16, dtype=torch.uint8).view(dtype) for name, dtype in _DTYPES.items()}
+    packed = pack(value, "checkpoint", allow_pickle=False)
+    assert len(packed.tensors) == len(value)
+    assert {name: tensor.dtype for name, tensor in loaded(written(packed)).items()} == _DTYPES
+    value["quantized"] = torch.quantize_per_tensor(torch.arange(3.0), 0.5, 0, torch.qint8)
+    found = loaded(written(pack(value, "checkpoint", allow_pickle=False)))
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in value.items()}
+
+
+def test_hooks_are_each_tensor_s_own_however_often_it_is_packed() -> None:
+    packer, tensor, heard = Packer("x", allow_pickle=False), torch.zeros(3, requires_grad=True), list[str]()
+    for _ in range(3):
+        found = loaded(written(packer.pack({"a": tensor, "b": tensor.view(3)[:]})))
+        found["a"].register_hook(lambda _: heard.append("a"))
+        (found["b"] * 1.0).sum().backward()
+    assert heard == []
+
+
+def test_a_slot_that_held_tensors_by_name_or_an_archive_is_framed_anew_for_the_other() -> None:
+    tensors = {"w": torch.randn(49984)}
+    entry = TensorEntry(fqn="w", path=("w",), dtype=torch.float32, sizes=(49984,), offsets=(0,), shape=(49984,))
+    layout = layout_tensors("__0_0.distcp", [entry])
+    buffer, cache = bytearray(layout.size + 10_000), dict[object, object]()
+    for _ in range(2):
+        layout.source([tensors["w"]]).write(memoryview(buffer)[: layout.size], cache)
+        assert torch.equal(torch.load(io.BytesIO(buffer[: layout.size]), weights_only=True), tensors["w"])
+        packed = pack(tensors, "x", allow_pickle=False)
+        part = ArchivePart(name="__0_0.ckpt", fqn="x", path=("x",), packed=packed)
+        part.write(memoryview(buffer)[: part.size], cache)
+        assert torch.equal(loaded(bytes(buffer[: part.size]))["w"], tensors["w"])
 
 
 def test_what_no_pickle_stores_is_named_too() -> None:
@@ -305,6 +402,76 @@ def test_a_file_that_is_no_archive_is_damage(which: dict[str, Any], monkeypatch:
             checkpointer.restore({"c": Archive()})
 
 
+def test_an_archive_may_stand_anywhere_but_in_a_tuple(which: dict[str, Any]) -> None:
+    class Holder:
+        def __init__(self, value: Any = None) -> None:
+            self.archive = Archive(value)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"file": self.archive}
+
+        def load_state_dict(self, found: dict[str, Any]) -> None:
+            assert found == {"file": self.archive}
+
+    def state(*values: Any) -> dict[str, Any]:
+        return {"a": {"b": Archive(values[0])}, "l": [Archive(values[1]), Archive(values[2])], "h": Holder(values[3])}
+
+    with TieredCheckpointer.from_recipe({**which, "allow_pickle": True}) as checkpointer:
+        checkpointer.save(1, state(*map(str, range(4))), ["memory"]).wait("memory")
+        target = state(*[None] * 4)
+        archives = [target["a"]["b"], *target["l"], target["h"].archive]
+        assert checkpointer.restore(target) == 1
+        assert [archive.value for archive in archives] == list(map(str, range(4)))
+        assert [target["a"]["b"], *target["l"], target["h"].archive] == archives
+        with pytest.raises(
+            UnsafeValueError, match=r"t\[0\]: .*Archive can't be stored.*it stands in dicts and lists only"
+        ):
+            checkpointer.save(2, {"t": (Archive(1),)})
+
+
+def test_values_and_archives_are_not_taken_for_each_other(which: dict[str, Any]) -> None:
+    with TieredCheckpointer.from_recipe(which) as checkpointer:
+        checkpointer.save(1, {"c": np.arange(3), "d": Archive({MARK: "x"})}, ["memory"]).wait("memory")
+        with pytest.raises(MismatchError, match="c: a Python value was saved, the state has an Archive"):
+            checkpointer.restore({"c": Archive(), "d": Archive()})
+        target: dict[str, Any] = {"c": None, "d": None}
+        assert checkpointer.restore(target) == 1
+        assert target["d"] == {MARK: "x"}
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_a_tier_that_falls_silent_in_the_middle_of_a_file_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allow_pickle: bool
+) -> None:
+    which = recipe(tmp_path, None, allow_pickle=allow_pickle)
+    with TieredCheckpointer.from_recipe(which) as checkpointer:
+        for step in (1, 2):
+            value = {"w": torch.rand(6 * 1024 * 1024), "n": Namespace() if allow_pickle else 1}
+            checkpointer.save(step, {"c": Archive(value)}).wait("disk")
+    load = sources.InPlacePart._load
+
+    def failing(self: sources.InPlacePart, index: int) -> memoryview:
+        if index == 1 and "step_0000000002" in self._key:
+            raise TierUnavailableError("no answer", tier="disk")
+        return load(self, index)
+
+    monkeypatch.setattr(sources.InPlacePart, "_load", failing)
+    with TieredCheckpointer.from_recipe(which) as checkpointer, pytest.raises(TierUnavailableError, match="no answer"):
+        checkpointer.restore({"c": Archive()})
+
+
+def test_room_is_made_again_when_an_archive_outgrows_it(memory_dir: Path, tmp_path: Path) -> None:
+    which = recipe(tmp_path, memory_dir, memory={"budget": "24MiB"})
+    with TieredCheckpointer.from_recipe(which) as checkpointer:
+        state = {"w": torch.zeros(1_000_000), "c": Archive({"w": torch.zeros(1000)})}
+        checkpointer.save(1, state, ["memory"]).wait("memory")
+        state["c"] = Archive({"w": torch.zeros(1_000_000)})
+        handle = checkpointer.save(2, state, ["memory"])
+        assert handle.skipped("memory")
+        events = list((memory_dir / "run-1" / "events").glob("*.jsonl"))
+        assert "an archive outgrew its room" in "".join(path.read_text() for path in events)
+
+
 def test_where_an_archive_can_not_stand(which: dict[str, Any]) -> None:
     with TieredCheckpointer.from_recipe(which) as checkpointer:
         for state, words in (
@@ -318,7 +485,7 @@ def test_where_an_archive_can_not_stand(which: dict[str, Any]) -> None:
         checkpointer.save(2, {"w": torch.zeros(3), "v": 1}, ["memory"]).wait("memory")
         for name, words in (
             ("x", "1 not in the checkpoint: x"),
-            ("w", "w: a tensor was saved, the state has a Archive"),
+            ("w", "w: a tensor was saved, the state has an Archive"),
         ):
             with pytest.raises(MismatchError, match=words):
                 checkpointer.restore({"w": torch.zeros(3), "v": 0, name: Archive()})

@@ -221,8 +221,8 @@ MUTANTS = (
     Mutant(
         name="stored values are unpickled without weights_only",
         path="integrations/sm_tiered_dcp/values.py",
-        old="        value: object = _loaded(stored, weights_only=True)\n",
-        new="        value: object = _loaded(stored, weights_only=False)\n",
+        old="        return _loaded(stream, weights_only=True)\n",
+        new="        return _loaded(stream, weights_only=False)\n",
         tests=("tests/integrations/test_values.py",),
     ),
     Mutant(
@@ -231,6 +231,20 @@ MUTANTS = (
         old="not done and c < whole[0]",
         new="False and c < whole[0]",
         tests=("tests/unit/test_generations.py",),
+    ),
+    Mutant(
+        name="an archive that is packed again takes a tensor that moved for the one that stood there",
+        path="integrations/sm_tiered_dcp/archive_pickles.py",
+        old="    return storage._cdata, storage.nbytes(), value.requires_grad, *identity(value)\n",
+        new="    return value.requires_grad, *identity(value)[1:]\n",
+        tests=("tests/integrations/test_archive.py",),
+    ),
+    Mutant(
+        name="what an archive holds is not proven to load safely",
+        path="integrations/sm_tiered_dcp/archive.py",
+        old="if self._allow_pickle or (",
+        new="if True or (",
+        tests=("tests/integrations/test_archive.py",),
     ),
 )
 """All of them."""
