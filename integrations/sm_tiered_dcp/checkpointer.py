@@ -15,7 +15,7 @@ from sm_tiered.restore import Restored
 from sm_tiered_dcp.collector import collector_paused
 from sm_tiered_dcp.engine import Engine, RecipeLike, open_engine
 from sm_tiered_dcp.state_loader import PerRankRule, StateLoader
-from sm_tiered_dcp.state_saver import StateSaver
+from sm_tiered_dcp.state_saver import State, StateSaver
 
 __all__ = ["TieredCheckpointer"]
 
@@ -32,7 +32,7 @@ class TieredCheckpointer:
         """Use `from_recipe`."""
         self._engine: Engine | None = engine
         self._saver = StateSaver.of(engine)
-        self._last: tuple[int, Mapping[str, Any]] | None = None
+        self._last: tuple[int, State] | None = None
         self._last_handle: SaveHandle | None = None
         self.restored: Restored | None = None
         """What the last `restore` took: step, tier, seconds; None when nothing was ever saved."""
@@ -51,6 +51,16 @@ class TieredCheckpointer:
     def preempted(self) -> bool:
         """Whether a SIGTERM came to this process, or to a rank that said so at a `maybe_save`."""
         return self._open.preemption.noticed
+
+    @property
+    def rank(self) -> int:
+        """Of this process among those that save together."""
+        return self._open.group.rank
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """The names of the metrics that keep policies rank checkpoints by."""
+        return self._open.schedule.metrics
 
     @property
     def _open(self) -> Engine:
@@ -102,12 +112,11 @@ class TieredCheckpointer:
             self._saver.prepare(state)
         return self.restored.step
 
-    def maybe_save(
-        self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
-    ) -> SaveHandle | None:
+    def maybe_save(self, step: int, state: State, *, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
         """Save *state* to the tiers whose policy wants *step*; None when none does. Collective.
 
-        Call it once a step, on every rank.
+        Call it once a step, on every rank. Where it costs something to have the state, give a function that returns
+        it: it is called only where something is due, and again by `finish`.
 
         Raises:
             SaveError: see `save`; with ``on_error: raise`` also what an earlier save failed of.
@@ -149,7 +158,7 @@ class TieredCheckpointer:
         return self._save(self._last[0], state, named, found, urgent=tiers is not None)
 
     def _save(
-        self, step: int, state: Mapping[str, Any], tiers: tuple[str, ...], metrics: Mapping[str, float], *, urgent: bool
+        self, step: int, state: State, tiers: tuple[str, ...], metrics: Mapping[str, float], *, urgent: bool
     ) -> SaveHandle:
         handle = self._saver.save(step, state, tiers=tiers, metrics=metrics, urgent=urgent)
         self._open.schedule.note_saved(step, tiers)
@@ -211,17 +220,18 @@ class TieredCheckpointer:
             return
         if error is not None:
             # What the training raised counts; nothing of ours may hide it or make it wait.
-            self._abandon()
+            self.abandon()
             return
         try:
             if self._engine.schedule.saves_on_end:
                 self.finish()
         except BaseException:
-            self._abandon()  # it has waited for the drain already, or can't
+            self.abandon()  # it has waited for the drain already, or can't
             raise
         self.close()
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """Let go at once, after the training has failed: nothing is waited for, and what the drainer has goes on."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close(patient=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,10 @@ from sm_tiered_dcp.planning import KEPT_VALUES_PART, VALUES_PART, TensorPlan, pl
 from sm_tiered_dcp.tree import Flat, flatten, signature, values_signature
 from sm_tiered_dcp.values import dump_value
 
-__all__ = ["StateSaver"]
+__all__ = ["State", "StateSaver"]
+
+State = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+"""A state, or what returns it."""
 
 _WITH_SLACK = 16 / 15
 """So much more than planned still goes into a file of the arena."""
@@ -75,7 +78,7 @@ class StateSaver:
     def save(
         self,
         step: int,
-        state: Mapping[str, Any],
+        state: State,
         *,
         tiers: Sequence[str] | None = None,
         metrics: Mapping[str, float] | None = None,
@@ -94,7 +97,7 @@ class StateSaver:
     def _save(
         self,
         step: int,
-        state: Mapping[str, Any],
+        state: State,
         *,
         tiers: Sequence[str] | None,
         metrics: Mapping[str, float],
@@ -124,11 +127,11 @@ class StateSaver:
             self._plan(flat, step=None)
         self.engine.store.line.attempt()
 
-    def _flatten(self, state: Mapping[str, Any]) -> tuple[_Taken | None, Exception | None]:
+    def _flatten(self, state: State) -> tuple[_Taken | None, Exception | None]:
         """What is wrong with this rank's state is told to all ranks before anybody raises."""
         begun = time.monotonic()
         try:
-            flat = flatten(state, rank=self.engine.group.rank)
+            flat = flatten(state() if callable(state) else state, rank=self.engine.group.rank)
             self.state_dict_secs = time.monotonic() - begun
             return self._take(flat), None
         except Exception as error:

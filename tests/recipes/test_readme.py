@@ -62,7 +62,7 @@ def run(folder: Path, *words: str) -> str:
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.timeout(280)
 def test_the_code_and_the_commands_do_what_they_say(folder: Path) -> None:
-    loop, drop_in = blocks("python")
+    loop, drop_in, _ = blocks("python")
     # What is loaded must come from the checkpoint: the tensors are spoiled between the README's save and its load.
     saved, loaded = drop_in.split("dcp.load(")
     spoiled = f"{saved}tensors['weights'].fill_(-1)\ndcp.load({loaded}"
@@ -86,6 +86,16 @@ def test_the_code_and_the_commands_do_what_they_say(folder: Path) -> None:
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"demo"}
     steps = {int(path.name[5:15]) for path in (folder / "checkpoints/demo").glob("step_*")}
     assert steps == {50, 100, 200}
+
+
+@pytest.mark.timeout(280)
+def test_the_lightning_training_goes_on_from_its_last_step(folder: Path) -> None:
+    *_, code = blocks("python")
+    assert "tiered://step/50" in code
+    run(folder, sys.executable, "-c", code)
+    longer = code.replace("max_steps=60", "max_steps=80")
+    run(folder, sys.executable, "-c", f"{longer}\nassert trainer.global_step == 80\n")
+    run(folder, sys.executable, "-c", f"{longer.replace('latest', 'step/50')}\nassert trainer.global_step == 80\n")
 
 
 def test_the_recipe_is_one_and_says_what_the_comments_say() -> None:
@@ -117,7 +127,8 @@ def test_every_file_and_name_of_the_tour_exists() -> None:
     files = set(re.findall(r"`([\w/]+\.py)`", tour))
     assert len(files) > 20
     for name in files:
-        places = [ROOT / "sm_tiered" / name, ROOT / "integrations/sm_tiered_dcp" / name]
+        rooms = ("sm_tiered", "integrations/sm_tiered_dcp", "integrations/sm_tiered_lightning")
+        places = [ROOT / room / name for room in rooms]
         assert any(place.is_file() for place in places), name
     for name in ("wait", "done", "exception"):
         assert f"handle.{name}(" in TEXT

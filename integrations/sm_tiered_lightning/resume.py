@@ -1,0 +1,65 @@
+"""What Lightning does not take up again where a checkpoint was loaded: the random numbers, and the right epoch.
+
+Its loops have no public names for either; the tests compare resumed trainings with ones that never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from sm_tiered_dcp import RngState
+
+__all__ = ["go_on_with_next_epoch", "restore_rng_before_first_batch"]
+
+
+def go_on_with_next_epoch(trainer: Trainer) -> None:
+    """Where the checkpoint was saved at the end of an epoch, begin the next one, as the training did after the save.
+
+    With ``max_steps`` Lightning (2.6) runs an empty epoch first, and is one ahead in its count from then on: loaders
+    that shuffle by epoch give other batches. With ``max_epochs`` it goes on with iterators that were made before the
+    samplers knew their epoch.
+    """
+    fit_loop: Any = trainer.fit_loop
+    progress = fit_loop.epoch_progress
+    if not (fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end):
+        return
+    if progress.total.completed < progress.total.processed:
+        progress.increment_completed()
+    fit_loop.reset_restart_stage()
+    fit_loop._resuming_from_checkpoint = False
+    fit_loop._restarting = False
+    fit_loop.epoch_loop.restarting = False
+
+
+def restore_rng_before_first_batch(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Set the random generators where the training drew from them next after the save.
+
+    That is where an epoch makes its iterators; inside an epoch, where the next batch is fetched. Lightning calls no
+    hook at either place.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    begin_epoch: Callable[[Any], None] = loop.on_run_start
+
+    def at_start_of_epoch(fetcher: Any) -> None:
+        del loop.on_run_start
+        made = fetcher.combined_loader._iterator
+        RngState().load_state_dict(state)
+        begin_epoch(fetcher)
+        if fetcher.combined_loader._iterator is made:
+            _before_next_fetch(fetcher, lambda: RngState().load_state_dict(state))
+
+    loop.on_run_start = at_start_of_epoch
+
+
+def _before_next_fetch(fetcher: Any, action: Callable[[], None]) -> None:
+    profile = fetcher._start_profiler
+
+    def once() -> None:
+        fetcher._start_profiler = profile
+        action()
+        profile()
+
+    fetcher._start_profiler = once

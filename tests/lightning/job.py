@@ -1,0 +1,91 @@
+"""A small Lightning training: accumulation, a scheduler, dropout and a loader whose position can be saved.
+
+``python job.py OUT RECIPE STEPS DEVICES [KILL_AT]`` trains to STEPS, each loss a line in OUT.<rank>; with KILL_AT it
+ends itself with SIGKILL in the middle of that step, once what was saved is durable. The final weights go to OUT.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+from sm_tiered_lightning import TieredCheckpoint, TieredCheckpointIO
+
+
+class Numbers(Dataset[torch.Tensor]):
+    """Forty samples, each of its own."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((4,), index / 40) + torch.rand(4) / 100  # what loading draws counts as well
+
+
+class Model(LightningModule):
+    """Writes each loss down, and may end its own process."""
+
+    def __init__(self, out: str, kill_at: int | None) -> None:
+        super().__init__()
+        self.out, self.kill_at = out, kill_at
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.3), nn.Linear(16, 1))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.global_step == self.kill_at:
+            tiered: Any = self.trainer.checkpoint_callback
+            tiered._session.checkpointer.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = (self.layers(batch) - batch.sum(1, keepdim=True)).square().mean()
+        with Path(f"{self.out}.{self.global_rank}").open("a") as file:
+            file.write(f"{self.global_step} {batch_idx} {loss.item().hex()}\n")
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train_dataloader(self) -> Any:
+        sampler = StatefulDistributedSampler(Numbers()) if self.trainer.world_size > 1 else None
+        return StatefulDataLoader(Numbers(), batch_size=4, shuffle=sampler is None, sampler=sampler)
+
+    def on_train_epoch_start(self) -> None:
+        loader: Any = self.trainer.train_dataloader
+        if isinstance(loader.sampler, StatefulDistributedSampler):
+            loader.sampler.set_epoch(self.current_epoch)
+
+
+def main(out: str, recipe: str, steps: str, devices: str, kill_at: str = "") -> None:
+    """Train."""
+    torch.manual_seed(0)
+    model = Model(out, int(kill_at) if kill_at else None)
+    trainer = Trainer(
+        max_steps=int(steps),
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        devices=int(devices),
+        strategy="ddp" if devices != "1" else "auto",
+        plugins=[TieredCheckpointIO(recipe)],
+        callbacks=[TieredCheckpoint(recipe)],
+        use_distributed_sampler=False,  # Lightning's draws anew when it is made, and has no state
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, ckpt_path="tiered://latest")
+    if trainer.is_global_zero:
+        torch.save(model.state_dict(), f"{out}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
