@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,6 +21,7 @@ from sm_tiered_dcp.collector import collector_paused
 from sm_tiered_dcp.dcp_parts import BytesPart, ValueEntry
 from sm_tiered_dcp.engine import Engine
 from sm_tiered_dcp.fingerprints import fingerprint
+from sm_tiered_dcp.leaves import Stateful
 from sm_tiered_dcp.planning import KEPT_VALUES_PART, VALUES_PART, TensorPlan, plan_tensors
 from sm_tiered_dcp.tree import Flat, flatten, signature, values_signature
 from sm_tiered_dcp.values import dump_value
@@ -131,7 +132,7 @@ class StateSaver:
         """What is wrong with this rank's state is told to all ranks before anybody raises."""
         begun = time.monotonic()
         try:
-            flat = flatten(state() if callable(state) else state, rank=self.engine.group.rank)
+            flat = flatten(_made(state), rank=self.engine.group.rank)
             self.state_dict_secs = time.monotonic() - begun
             return self._take(flat), None
         except Exception as error:
@@ -265,6 +266,13 @@ class StateSaver:
         for index, (fqn, packed) in enumerate(taken.archives.items()):
             name, path = layout.part_name(rank, index, "ckpt"), taken.flat.archives[fqn].path
             yield ArchivePart(name=name, fqn=fqn, path=path, packed=packed, replica=rank != 0)
+
+
+def _made(state: Any) -> Any:
+    # A module is callable too, and is no state: `flatten` says so.
+    if not callable(state) or isinstance(cast("object", state), (Mapping, Stateful)):
+        return state
+    return state()
 
 
 @dataclass(slots=True, kw_only=True)
