@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from sm_tiered.errors import StructureError, UnsafeValueError
 from sm_tiered_dcp.frames import blank
 from sm_tiered_dcp.leaves import identity, lacks_storage, no_storage
+from sm_tiered_dcp.proofs import LONGEST_INT_BITS
 
 __all__ = ["Entry", "MovedError", "PickleModule", "Pickled", "pickle_again"]
 
@@ -29,9 +30,6 @@ _PAD_BYTES = 4096
 
 _PROTOCOL = 2
 """``torch.save``'s own."""
-
-_LONGEST_INT_BITS = 255 * 8 - 1
-"""Longer ones take another opcode, which safe loading doesn't know."""
 
 _STORAGES = (torch.UntypedStorage, torch.storage.TypedStorage)
 
@@ -83,7 +81,7 @@ class Pickled:
         """Take note of an object that a pickler meets."""
         kind = cast("type[object]", type(obj))
         if kind is int:
-            if obj.bit_length() > _LONGEST_INT_BITS:
+            if obj.bit_length() > LONGEST_INT_BITS:
                 self.named.add("a long int")
         elif kind not in _PLAIN_DATA:
             self.named.add(kind)

@@ -12,7 +12,10 @@ import torch
 from sm_tiered.errors import UnsafeValueError
 from sm_tiered_dcp.leaves import PLAIN
 
-__all__ = ["blamed", "loads_safely", "pickles"]
+__all__ = ["LONGEST_INT_BITS", "blamed", "loads_safely", "pickles"]
+
+LONGEST_INT_BITS = 255 * 8 - 1
+"""Longer ones take another pickle opcode, which safe loading doesn't know."""
 
 
 def loads_safely(value: object) -> bool:

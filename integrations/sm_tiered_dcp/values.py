@@ -21,14 +21,12 @@ from sm_tiered.errors import CorruptPartError, MismatchError, UnsafeValueError
 from sm_tiered_dcp.fingerprints import fingerprint
 from sm_tiered_dcp.leaves import lacks_storage
 from sm_tiered_dcp.marks import MARK, marked, unmarked
+from sm_tiered_dcp.proofs import LONGEST_INT_BITS
 from sm_tiered_dcp.zips import check_zip
 
 __all__ = ["MARK", "dump_value", "fingerprint", "load_stream", "load_value"]
 
 _PLAIN = frozenset({type(None), bool, float, complex, str, bytearray, torch.Size, torch.dtype, torch.device})
-_LONGEST_INT_BITS = 255 * 8 - 1
-"""Longer ones take another pickle opcode, which safe loading doesn't know."""
-
 _ZIP = b"PK\x03\x04"
 
 
@@ -182,7 +180,7 @@ class _Checker(_Walker):
         kind = type(value)
         if _is_plain(value):
             return value
-        if kind is int and cast(int, value).bit_length() <= _LONGEST_INT_BITS:
+        if kind is int and cast(int, value).bit_length() <= LONGEST_INT_BITS:
             return value
         if kind is bytes:
             return value or {MARK: "bytes"}

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from sm_tiered.errors import CorruptPartError, MismatchError, UnsafeValueError
-from sm_tiered_dcp import values
+from sm_tiered_dcp import proofs
 from sm_tiered_dcp.values import dump_value, fingerprint, load_value
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -370,7 +370,7 @@ def test_a_fingerprint_of_a_cycle_ends() -> None:
 
 
 def test_the_longest_int_is_where_safe_loading_ends() -> None:
-    longest = (1 << values._LONGEST_INT_BITS) - 1
+    longest = (1 << proofs.LONGEST_INT_BITS) - 1
     assert returned([longest, -longest]) == [longest, -longest]
     with pytest.raises(UnsafeValueError):
         dump_value("v", longest + 1, allow_pickle=False)
