@@ -179,7 +179,8 @@ def _run(memory: MemoryTier, namespace: str, lock: FileLock, stopping: list[int]
     targets = _Targets(memory, queue, events)
     drain = Drain(memory, queue, target=targets.target, compose=finisher, events=events)
     busy_at = time.monotonic()
-    while True:
+    # When somebody deleted the directory, another drainer works on what stands there now.
+    while lock.stands():
         pause = drain.turn()
         if pause is not None:
             busy_at = time.monotonic()

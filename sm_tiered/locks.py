@@ -78,6 +78,14 @@ class FileLock:
             # Only closing: unlocking would also take the lock from a parent that shares the open file.
             os.close(fd)
 
+    def stands(self) -> bool:
+        """Whether a held lock is still on the file that others find: one that was deleted keeps nobody out."""
+        assert self._fd is not None, "not held"
+        try:
+            return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
     def remove(self) -> None:
         """Delete the file of a held lock, and let go of it."""
         assert self._fd is not None, "not held"
@@ -123,8 +131,7 @@ def _try(path: str, exclusive: bool) -> int | None:
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         # Somebody may have deleted the file between open and lock: then the lock is on a file nobody else finds.
-        named, opened = os.stat(path, follow_symlinks=False), os.fstat(fd)
-        if (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino):
+        if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
             return fd
     except (BlockingIOError, FileNotFoundError):
         pass

@@ -94,8 +94,12 @@ class Queue:
         return sorted(found, key=lambda entry: (entry.checkpoint, entry.tier, entry.rank))
 
     def mark_sent(self, entry: Entry) -> None:
-        """Say that the entry's bytes are on the tier and may be recycled."""
-        self._memory.put(_key(entry).replace("/promote-", "/commit-"), self._memory.get(_key(entry)).data)
+        """Say that the entry's bytes are on the tier and may be recycled; one that was taken out stays out."""
+        try:
+            data = self._memory.get(_key(entry)).data
+        except KeyNotFoundError:
+            return
+        self._memory.put(_key(entry).replace("/promote-", "/commit-"), data)
         self._memory.delete([_key(entry)])
 
     def remove(self, entry: Entry) -> None:

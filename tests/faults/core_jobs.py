@@ -174,9 +174,10 @@ class Job:
         return drain(self.memory(node), prepare=prepare)
 
     def queued(self, node: int = 0) -> list[str]:
-        """Return the names of the entries that are waiting."""
+        """Return the names of the entries that are waiting, each once, though two stand there while one is renamed."""
         directory = self.store_dir("memory", node) / layout.QUEUE
-        return sorted(path.name for path in directory.glob("*-step_*") if not path.name.startswith("result-"))
+        found = [path.name for state in ("promote", "commit") for path in directory.glob(f"{state}-step_*")]
+        return sorted({name.partition("-")[2]: name for name in found}.values())
 
     def await_drained(self, node: int = 0) -> None:
         """Wait until the queue of *node* is empty."""

@@ -259,6 +259,22 @@ def test_a_stopped_drainer_holds_nobody_up_and_goes_on_when_continued(waiting: t
     assert committed(job, 1)
 
 
+def test_a_drainer_whose_directory_was_deleted_leaves_the_next_one_alone(
+    memory_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SM_TIERED_DRAINER_IDLE_SECS", "60")
+    job = Job(memory_dir)
+    with cleaned_up(job):
+        job.work(lambda engine: engine.save(1, state(0, 1, 0)).wait("durable"))
+        pid = drainer_pid(job)
+        assert pid is not None
+        watch = os.pidfd_open(pid)
+        job.wipe(0)
+        ended, _, _ = select.select([watch], [], [], 10)
+        os.close(watch)
+        assert ended, "it still works in a directory whose lock it lost"
+
+
 def test_a_busy_drain_makes_the_newest_step_win_and_says_so(memory_dir: Path) -> None:
     job = Job(memory_dir, world=2)
 

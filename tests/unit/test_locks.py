@@ -135,11 +135,22 @@ def test_waiting_has_a_deadline(path: Path) -> None:
 def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_no_lock(path: Path) -> None:
     old = FileLock(path)
     assert old.acquire()
+    assert old.stands()
     old.remove()
     assert not path.exists()
     new, third = FileLock(path), FileLock(path)
     assert new.acquire()
     assert not third.acquire()
+
+
+def test_the_holder_of_a_lock_learns_that_its_file_was_deleted_or_replaced(path: Path) -> None:
+    with FileLock(path) as lock, FileLock(path) as other:
+        assert lock.acquire()
+        path.unlink()
+        assert not lock.stands()
+        assert other.acquire()
+        assert not lock.stands()
+        assert other.stands()
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
