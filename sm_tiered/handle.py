@@ -53,6 +53,8 @@ class SaveHandle:
         self.step = step
         self.blocked_secs = 0.0
         """How long the call that made this held up the training."""
+        self.saved_bytes = 0
+        """Bytes of what this rank saved."""
         self._tiers: dict[str, TierState] = {}
         self._timeouts: dict[str, float] = {}
         self._nudge = nudge

@@ -6,6 +6,7 @@ what is marked is the same list everywhere.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 
@@ -108,8 +109,11 @@ class Promotions:
         """Say that *checkpoint* is in flight, on all ranks alike; its entry follows when its record is written."""
         self._in_flight += [(checkpoint, tier) for tier in sorted(tiers)]
 
-    def enqueue(self, checkpoint: CheckpointId, tiers: Iterable[str]) -> None:
-        """Hand what this rank wrote of *checkpoint* to the drainer, and see to it that there is one."""
+    def enqueue(self, checkpoint: CheckpointId, tiers: Iterable[str], *, ranks: Iterable[int] | None = None) -> None:
+        """Hand what this rank, or each of *ranks* of this node, wrote of *checkpoint* to the drainer.
+
+        See to it that there is a drainer.
+        """
         tiers = sorted(tiers)
         queue, memory = self._store.queue, self._store.tiers.memory
         if queue is None or memory is None:
@@ -120,10 +124,10 @@ class Promotions:
         if not guard.acquire(exclusive=True, timeout_secs=_LOCK_SECS):
             raise TierUnavailableError(f"the queue's lock was not to be had in {_LOCK_SECS:.0f} s", tier=memory.name)
         try:
-            for tier in tiers:
+            for rank, tier in itertools.product((group.rank,) if ranks is None else ranks, tiers):
                 entry = Entry(
                     checkpoint=checkpoint,
-                    rank=group.rank,
+                    rank=rank,
                     tier=tier,
                     world=group.world,
                     recipe=recipe,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from sm_tiered import deadline
 from sm_tiered.acks import Acks
 from sm_tiered.agreement import Agreement, Negotiator, Request
 from sm_tiered.composing import Composer
@@ -14,6 +15,7 @@ from sm_tiered.crashpoints import crashpoint
 from sm_tiered.errors import SaveError, TieredError, TierFullError, typed
 from sm_tiered.events import SaveAcknowledged, SaveFailed, SaveStaged
 from sm_tiered.handle import SaveHandle, TierState
+from sm_tiered.inventory import read_records
 from sm_tiered.ledger import Ledger
 from sm_tiered.parts import PartSource
 from sm_tiered.promotions import Promotions
@@ -27,6 +29,8 @@ __all__ = ["Saver"]
 
 _HANDLES_KEPT = 64
 """So many saves back a handle can still be asked for; older counters are dropped from the job's store."""
+_RESCUE_SECS = 5.0
+"""How long a training that has failed is held up to learn which step is whole."""
 _SETTLE_SECS = 1.0
 """How long a save waits for the digests of the one before it, so that its generation can be counted as whole."""
 
@@ -91,13 +95,14 @@ class Saver:
             others = frozenset[str]() if promote else agreement.tiers
             self._ledger.skip(handle, store.no_room_reason, self._memory_name() | others)
         self._ledger.skip(handle, "the drain is busy: a later step takes its place", agreement.due - promote)
+        handle.saved_bytes = sum(part.size for part in parts)
         handle.blocked_secs = time.monotonic() - begun
         store.events.emit(
             SaveStaged(
                 step=checkpoint.step,
                 tiers=tuple(sorted(handle.tiers)),
                 blocked_secs=handle.blocked_secs,
-                bytes=sum(part.size for part in parts),
+                bytes=handle.saved_bytes,
             )
         )
         return handle
@@ -302,6 +307,34 @@ class Saver:
         return frozenset({memory.name}) if memory else frozenset()
 
     # ---- the end
+
+    def promote_newest(self) -> int | None:
+        """Bring the newest step that is whole in memory to the durable tiers that it is not on the way to.
+
+        For a training that has failed: not collective, and for the other ranks of this node too, which may be gone.
+        Return the step, or None where there is nothing to bring.
+        """
+        memory = self._store.tiers.memory
+        if memory is None:
+            return None
+        self._recorded.wait(_RESCUE_SECS)
+        with deadline.within(_RESCUE_SECS):
+            handles = reversed(self._negotiator.handles.items())
+            found = next(((checkpoint, handle) for checkpoint, handle in handles if self._is_whole(handle)), None)
+        if found is None:
+            return None
+        newest, handle = found
+        lacking = {tier for tier in self._store.tiers.durable if tier not in handle.tiers or handle.skipped(tier)}
+        if not lacking:
+            return None
+        self._promotions.enqueue(newest, lacking, ranks=read_records(memory, newest))
+        return newest.step
+
+    def _is_whole(self, handle: SaveHandle) -> bool:
+        try:
+            return all(handle.done(name) and handle.exception(name) is None for name in self._memory_name())
+        except TieredError:
+            return False  # nobody is left to ask; an older one may have been told of
 
     def deliver(self) -> TieredError | None:
         """Tell of failed saves; see `Ledger.deliver`."""

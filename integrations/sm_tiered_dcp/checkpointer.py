@@ -10,7 +10,7 @@ from sm_tiered import layout
 from sm_tiered.errors import ConfigError
 from sm_tiered.events import Preempted
 from sm_tiered.handle import SaveHandle
-from sm_tiered.policies.context import check_metrics
+from sm_tiered.policies.context import Need, check_metrics
 from sm_tiered.restore import Restored
 from sm_tiered_dcp.collector import collector_paused
 from sm_tiered_dcp.engine import Engine, RecipeLike, open_engine
@@ -53,6 +53,11 @@ class TieredCheckpointer:
         return self._open.preemption.noticed
 
     @property
+    def notices_sigterm(self) -> bool:
+        """Whether a policy of the recipe waits for a SIGTERM: then one ends no process that goes on saving."""
+        return Need.SIGNAL in self._open.schedule.needs
+
+    @property
     def rank(self) -> int:
         """Of this process among those that save together."""
         return self._open.group.rank
@@ -79,7 +84,12 @@ class TieredCheckpointer:
         self._saver.prepare(state)
 
     def restore(
-        self, state: Mapping[str, Any], step: int | None = None, *, per_rank: PerRankRule | None = None
+        self,
+        state: Mapping[str, Any],
+        step: int | None = None,
+        *,
+        per_rank: PerRankRule | None = None,
+        without: Sequence[str] = (),
     ) -> int | None:
         """Fill *state* in place from the newest complete, verified checkpoint, or from *step*; return its step.
 
@@ -92,6 +102,8 @@ class TieredCheckpointer:
                 saved it, the one on the present timeline is taken, else the newest launch's.
             per_rank: for another world size than the checkpoint's: ``per_rank(rank, world, saved_world)`` returns the
                 saved rank whose ``per_rank`` values this rank takes, or None to leave its own.
+            without: names of what was saved and is not wanted, with all below them, e.g. ``["train.optimizer"]`` where
+                the model is only evaluated.
 
         Raises:
             CheckpointNotFoundError: no tier has *step*.
@@ -102,7 +114,7 @@ class TieredCheckpointer:
         """
         engine = self._open
         wanted = layout.check_step(step) if step is not None else None
-        loader = StateLoader(state, engine.settings, engine.group, per_rank)
+        loader = StateLoader(state, engine.settings, engine.group, per_rank, without)
         with collector_paused():
             engine.saver.quiesce()
             self.restored = engine.store.restore(loader, step=wanted)
@@ -178,6 +190,17 @@ class TieredCheckpointer:
             if due.tiers:
                 self._save(step, state, tuple(sorted(due.tiers)), {}, urgent=True)
         self.wait()
+
+    def promote_newest(self) -> int | None:
+        """After a failure: bring the newest step that is whole in memory to the durable tiers; return it.
+
+        None where the durable tiers have it, or are about to. Nothing is captured, for the state may be half updated.
+        Not collective. The drainer does the work, and goes on without this process.
+
+        Raises:
+            TieredError: the drainer could not be told.
+        """
+        return self._open.saver.promote_newest()
 
     def latest(self) -> int | None:
         """Return the newest step that this process sees complete on any tier, or None. Not collective.

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from sm_tiered import layout
-from sm_tiered.errors import MismatchError, RestoreError, StructureError
+from sm_tiered.errors import ConfigError, MismatchError, RestoreError, StructureError
 from sm_tiered.group import Group
 from sm_tiered.records import CheckpointId, Item
 from sm_tiered.resolve import Candidate
@@ -32,9 +32,17 @@ class StateLoader:
     """Plans, places and hands over one rank's share of a restore."""
 
     def __init__(
-        self, state: Mapping[str, Any], settings: Settings, group: Group, per_rank: PerRankRule | None
+        self,
+        state: Mapping[str, Any],
+        settings: Settings,
+        group: Group,
+        per_rank: PerRankRule | None,
+        without: Sequence[str] = (),
     ) -> None:
         self._state, self._settings, self._group, self._rule = state, settings, group, per_rank
+        if isinstance(without, str):
+            raise ConfigError(f"without must be a list of names, got {without!r}", hint=f"Give [{without!r}].")
+        self._without = tuple(without)
         self._target: Target | None = None
         self._planned: CheckpointId | None = None
         self._values: dict[str, object] = {}
@@ -60,7 +68,9 @@ class StateLoader:
         return spans
 
     def _open(self, candidate: Candidate) -> None:
-        items = {item.fqn: item for record in candidate.records for item in record.items}
+        items = {
+            item.fqn: item for record in candidate.records for item in record.items if not self._is_left_out(item.fqn)
+        }
         stored = {fqn: Stored(item.path, item.payload is not None, _is_archive(item)) for fqn, item in items.items()}
         target = self._target = Target(self._state, rank=self._group.rank)
         try:
@@ -78,6 +88,9 @@ class StateLoader:
             target.tensors, metadata_from_records(candidate.records), is_coordinator=self._group.rank == 0
         )
         self._plan = self._planner.create_local_plan()
+
+    def _is_left_out(self, name: str) -> bool:
+        return any(name == one or name.startswith(f"{one}.") for one in self._without)
 
     def _stored_rank(self, candidate: Candidate, stored: Mapping[str, Stored]) -> int | None:
         """Return the saved rank whose own values this rank takes; None leaves them. All ranks raise alike."""

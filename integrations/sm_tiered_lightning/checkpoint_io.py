@@ -15,9 +15,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from sm_tiered import layout
 from sm_tiered.errors import CheckpointNotFoundError, ConfigError
 from sm_tiered.recipe import load_recipe
+from sm_tiered_dcp import TrainState
 from sm_tiered_dcp.engine import RecipeLike
-from sm_tiered_lightning.session import Session
-from sm_tiered_lightning.uri import parse_uri
+from sm_tiered_lightning.session import Session, Snapshot
+from sm_tiered_lightning.uri import Wanted, parse_uri
 
 __all__ = ["TieredCheckpointIO"]
 
@@ -27,8 +28,9 @@ PathLike = str | Path
 class TieredCheckpointIO(CheckpointIO):
     """Loads ``tiered://latest`` and ``tiered://step/<n>`` from the nearest tier; saves into the tiers.
 
-    A checkpoint that is saved under a path of the file system goes there, as Lightning documents it, and into the
-    tiers; one under ``tiered://step/<n>`` into the tiers alone. Other paths are loaded from where they point to.
+    A checkpoint under a path of the file system is written there, as Lightning documents it. Beside a
+    `TieredCheckpoint` of the same recipe the policies decide what goes into the tiers; alone, every whole checkpoint
+    that is saved, whatever its path, goes into all of them as well. Other paths are loaded from where they point to.
     """
 
     def __init__(self, recipe: RecipeLike, *, files: CheckpointIO | None = None) -> None:
@@ -44,39 +46,71 @@ class TieredCheckpointIO(CheckpointIO):
         self.recipe = load_recipe(recipe)
         self._files: Any = files or TorchCheckpointIO()
         self._session: Session | None = None
-        self.on_every_rank = False
-        """Whether every rank calls `save_checkpoint`, rather than rank 0 alone: the callback sees to it."""
-        self.fitting = True
-        """Whether what is loaded is trained on: where nothing was ever saved, that may begin afresh."""
+        self._handled: BaseException | None = None
+        """What was being handled when the tiers were opened: no failure of what began then."""
+        self._shards: Callable[[], TrainState | None] | None = None
+        self._fits = False
+        self._failed = False
 
     @property
     def session(self) -> Session:
         """What is shared with the callback. Collective when it is opened."""
         if self._session is None:
-            self._session = Session(self.recipe)
+            self._session, self._handled = Session(self.recipe), sys.exc_info()[1]
         return self._session
 
+    def attach(self, shards: Callable[[], TrainState | None], *, fits: bool) -> None:
+        """Serve a `TieredCheckpoint`: every rank calls, and its policies decide what goes into the tiers.
+
+        Args:
+            shards: returns model and optimizers where the strategy shards them.
+            fits: whether what is loaded is trained on: where nothing was ever saved, that may begin afresh.
+        """
+        self._shards, self._fits, self._failed = shards, fits, False
+
+    def fail(self) -> None:
+        """Say that the training has failed: `teardown` waits for nothing."""
+        self._failed = True
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
-        """Save *checkpoint* into the tiers, and to *path* if that is a file's. Every rank must call it.
+        """Save *checkpoint* to *path* or, under ``tiered://step/<n>``, into the tiers; then every rank must call.
 
         Raises:
-            ConfigError: *path* names another step, or *storage_options* are given.
+            ConfigError: *path* names another step, or *checkpoint* has weights alone, or *storage_options* are given.
             SaveError: with ``on_error: raise``, what an earlier save failed of.
         """
         if storage_options is not None:
             raise ConfigError(f"storage_options {storage_options!r} can't be used", hint="Leave them out.")
-        if not self.on_every_rank and _is_one_of_many():
+        wanted, whole = parse_uri(path), "lr_schedulers" in checkpoint
+        if wanted is not None:
+            self._save_to_tiers(checkpoint, wanted, str(path), whole=whole)
+            return
+        if self._shards is None and whole:
+            self._check_alone()
+            self.session.save(_step_of(checkpoint), Snapshot(checkpoint=checkpoint))
+        self._files.save_checkpoint(checkpoint, path)
+
+    def _save_to_tiers(self, checkpoint: dict[str, Any], wanted: Wanted, path: str, *, whole: bool) -> None:
+        step = _step_of(checkpoint)
+        if wanted.step not in (None, step):
+            raise ConfigError(f"{path} can't be what the trainer has: it is at step {step}", hint="Use its own step.")
+        if not whole:
+            raise ConfigError(
+                f"weights alone can't be saved as {path}: a training would go on from them without its optimizer",
+                hint="Save them under a path of the file system.",
+            )
+        train = self._shards() if self._shards is not None else self._check_alone()
+        if train is not None:
+            checkpoint = {name: value for name, value in checkpoint.items() if name != "optimizer_states"}
+            checkpoint["state_dict"] = {}
+        self.session.save(step, Snapshot(checkpoint=checkpoint, train=train))
+
+    def _check_alone(self) -> None:
+        if _is_one_of_many():
             raise ConfigError(
                 "TieredCheckpointIO alone can't save for several processes: Lightning calls it on rank 0 only",
                 hint="Add callbacks=[TieredCheckpoint(recipe)] to the Trainer.",
             )
-        step = layout.check_step(checkpoint["global_step"], name="global_step")
-        wanted = parse_uri(path)
-        if wanted is not None and wanted.step not in (None, step):
-            raise ConfigError(f"{path} can't be what the trainer has: it is at step {step}", hint="Use its own step.")
-        self.session.save(step, checkpoint)
-        if wanted is None and self.session.is_first:
-            self._files.save_checkpoint(checkpoint, path)
 
     def load_checkpoint(
         self, path: PathLike, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
@@ -91,10 +125,13 @@ class TieredCheckpointIO(CheckpointIO):
         wanted = parse_uri(path)
         if wanted is None:
             return self._files.load_checkpoint(path, map_location, weights_only)
-        found = self.session.load(wanted)
-        if not found and not self.fitting:
+        found = self.session.load(wanted, self._shards() if self._shards is not None else None, fits=self._fits)
+        if not found and not self._fits:
             namespace = self.recipe.settings().namespace
-            raise CheckpointNotFoundError(f"nothing was ever saved in namespace {namespace!r}", hint="Train first.")
+            raise CheckpointNotFoundError(
+                f"nothing was ever saved in namespace {namespace!r}",
+                hint="Train first; with callbacks=[TieredCheckpoint(recipe)] a training begins afresh here.",
+            )
         return found
 
     def remove_checkpoint(self, path: PathLike) -> None:
@@ -109,7 +146,12 @@ class TieredCheckpointIO(CheckpointIO):
         """
         session, self._session = self._session, None
         if session is not None:
-            session.close(abandon=sys.exc_info()[0] is not None)
+            raised = sys.exc_info()[1]
+            session.close(abandon=self._failed or (raised is not None and raised is not self._handled))
+
+
+def _step_of(checkpoint: dict[str, Any]) -> int:
+    return layout.check_step(checkpoint["global_step"], name="global_step")
 
 
 def _is_one_of_many() -> bool:

@@ -11,11 +11,25 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from sm_tiered_dcp import RngState
+from sm_tiered_lightning.lookahead import Lookahead
 
-__all__ = ["go_on_with_next_epoch", "restore_rng_before_first_batch"]
+__all__ = ["resume"]
 
 
-def go_on_with_next_epoch(trainer: Trainer) -> None:
+def resume(trainer: Trainer, own: dict[str, Any], *, rank: int) -> None:
+    """Take up what `own_state` kept, when the training starts and Lightning has restored what it restores.
+
+    Of another rank's state (there are more ranks now) only its loaders are taken.
+    """
+    _go_on_with_next_epoch(trainer)
+    if own["rank"] != rank:
+        return
+    if own["rng_ahead"] is not None:
+        Lookahead(trainer).fetch_again(own["loaders"], own["rng_ahead"])
+    _restore_rng_before_first_batch(trainer, own["rng"])
+
+
+def _go_on_with_next_epoch(trainer: Trainer) -> None:
     """Where the checkpoint was saved at the end of an epoch, begin the next one, as the training did after the save.
 
     With ``max_steps`` Lightning (2.6) runs an empty epoch first, and is one ahead in its count from then on: loaders
@@ -34,7 +48,7 @@ def go_on_with_next_epoch(trainer: Trainer) -> None:
     fit_loop.epoch_loop.restarting = False
 
 
-def restore_rng_before_first_batch(trainer: Trainer, state: dict[str, Any]) -> None:
+def _restore_rng_before_first_batch(trainer: Trainer, state: dict[str, Any]) -> None:
     """Set the random generators where the training drew from them next after the save.
 
     That is where an epoch makes its iterators; inside an epoch, where the next batch is fetched. Lightning calls no

@@ -43,7 +43,7 @@ class Model(LightningModule):
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         if self.global_step == self.kill_at:
             tiered: Any = self.trainer.checkpoint_callback
-            tiered._session.checkpointer.wait()
+            tiered._io.session.checkpointer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         loss = (self.layers(batch) - batch.sum(1, keepdim=True)).square().mean()
         with Path(f"{self.out}.{self.global_rank}").open("a") as file:

@@ -105,8 +105,8 @@ def test_it_saves_by_the_policies_once_a_step_and_goes_on_from_there(
 ) -> None:
     first = fit(which, tmp_path, plugin=plugin, max_steps=5, accumulate_grad_batches=2)
     assert not any(isinstance(callback, ModelCheckpoint) for callback in vars(first)["callbacks"])
-    assert first.checkpoint_callback is not None
-    assert vars(first.checkpoint_callback)["last_model_path"] == "tiered://step/4"
+    assert isinstance(first.checkpoint_callback, TieredCheckpoint)
+    assert first.checkpoint_callback.last_model_path == "tiered://step/4"
     assert steps(memory_dir, "*.ckpt") == {2: ["__0_0.ckpt"], 4: ["__0_0.ckpt"]}
     assert steps(tmp_path / "disk", "*.ckpt") == {4: ["__0_0.ckpt"]}
     again = fit(which, tmp_path, plugin=plugin, max_steps=7, accumulate_grad_batches=2)
@@ -201,10 +201,13 @@ def test_what_can_be_known_before_the_training_is_refused_before_it(which: dict[
         made.fit(Model())
 
     class Odd(DDPStrategy):
-        """A strategy of somebody's own."""
+        """Stores its state in a way of its own."""
+
+        def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+            """Save nothing."""
 
     made = trainer(tmp_path, strategy=Odd(), callbacks=[TieredCheckpoint(which)])
-    with pytest.raises(ConfigError, match="the strategy Odd can't be served. Use a single device or DDPStrategy"):
+    with pytest.raises(ConfigError, match="the strategy Odd can't be served: it stores its state in a way of its own"):
         TieredCheckpoint(which).setup(made, Model(), "fit")
     fit(which, tmp_path, max_steps=2)
     made = trainer(tmp_path, callbacks=[TieredCheckpoint(which)])

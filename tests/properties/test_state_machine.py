@@ -200,7 +200,7 @@ class TieredMachine(RuleBasedStateMachine):
         elif how == "before_record":
             engine.saver._worker.submit = lambda job: None
         else:
-            engine.saver._promotions.enqueue = lambda checkpoint, tiers: None
+            engine.saver._promotions.enqueue = lambda checkpoint, tiers, *, ranks=None: None
 
     @rule(tiers=st.sampled_from([["memory"], ["memory", "durable"]]))
     @precondition(lambda self: self.job is not None and self._repeatable() is not None)

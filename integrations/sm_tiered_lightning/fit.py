@@ -1,0 +1,114 @@
+"""One training, from its start to its end: what is asked and saved when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from sm_tiered.errors import TieredError
+from sm_tiered_lightning.lookahead import Lookahead
+from sm_tiered_lightning.metrics import Metrics
+from sm_tiered_lightning.moments import Moments, stop
+from sm_tiered_lightning.paths import Paths
+from sm_tiered_lightning.report import Report
+from sm_tiered_lightning.resume import resume
+from sm_tiered_lightning.serving import shards
+from sm_tiered_lightning.session import Session, Snapshot
+from sm_tiered_lightning.snapshot import snapshot
+from sm_tiered_lightning.uri import step_uri
+
+__all__ = ["Fit"]
+
+
+class Fit:
+    """One training, from its start to its end."""
+
+    def __init__(self, trainer: Trainer, session: Session, paths: Paths, report: Report) -> None:
+        """Serve *trainer*, which is about to train."""
+        self._trainer, self._session, self._paths, self._report = trainer, session, paths, report
+        self.metrics = Metrics(trainer, session.metrics)
+        self.stopped = False
+        """Whether a SIGTERM ends the training, and everything is saved."""
+        self._moments = Moments(trainer, self._ask)
+        self._lookahead = Lookahead(trainer)
+        self._asked = trainer.global_step
+        self._shards = shards(trainer.strategy)
+
+    def begin(self) -> None:
+        """Take up where the checkpoint that was loaded left off, and begin to ask the policies."""
+        own, self._session.own = self._session.own, None
+        if own is None:
+            self._warn_of_what_is_left_behind()
+        else:
+            resume(self._trainer, own, rank=self._rank)
+        self._moments.bind()
+        self._lookahead.bind()
+
+    def end(self) -> None:
+        """Give Lightning's loops back; can be called many times."""
+        self._moments.unbind()
+        self._lookahead.unbind()
+
+    @property
+    def _rank(self) -> int:
+        return self._session.checkpointer.rank
+
+    def _ask(self) -> None:
+        step, session = self._trainer.global_step, self._session
+        if self._rank == 0:
+            self._report.look(step)
+        if step == self._asked:
+            return
+        self._asked = step
+        metrics = self.metrics.at(step)
+        handle = session.maybe_save(step, partial(self._take, step, metrics), metrics)
+        if handle is not None:
+            self._paths.saved(handle.tiers)
+            if self._rank == 0:
+                self._report.saved(handle)
+        if session.checkpointer.preempted:
+            self._stop()
+
+    def _take(self, step: int, metrics: Mapping[str, float]) -> Snapshot:
+        self._paths.begin(step_uri(step), metrics)
+        checkpoint = snapshot(self._trainer, with_tensors=self._shards is None)
+        return Snapshot(checkpoint=checkpoint, train=self._shards, rng_ahead=self._lookahead.correct(checkpoint))
+
+    def _stop(self) -> None:
+        """End the training on every rank alike, with what was saved brought to safety."""
+        self.stopped = True
+        self._session.checkpointer.wait()
+        stop(self._trainer)
+
+    def finish(self) -> None:
+        """Save what waits for the end of the training, and wait for the drain."""
+        self._report.waiting()
+        self._session.finish()
+        if self._rank == 0:
+            self._report.look(self._trainer.global_step)
+
+    def rescue(self) -> None:
+        """After a failure: bring the newest step in memory to the durable tiers."""
+        try:
+            self._session.checkpointer.promote_newest()
+        except TieredError as error:
+            # What the training raised is what counts; this must be heard of beside it.
+            rank_zero_warn(f"sm_tiered: the newest step in memory is not brought to the durable tiers: {error}")
+
+    def _warn_of_what_is_left_behind(self) -> None:
+        """Lightning takes ``ckpt_path="last"`` for a fresh start where no `ModelCheckpoint` knows of a file."""
+        if self._trainer.global_step or self._session.asked or self._rank:
+            return
+        try:
+            newest = self._session.checkpointer.latest()
+        except TieredError as error:
+            rank_zero_warn(f"sm_tiered: it can't be told what an earlier training has saved: {error}")
+            return
+        if newest is not None:
+            rank_zero_warn(
+                f"sm_tiered: this training begins at step 0, though step {newest} of an earlier one can be restored: "
+                "fit(ckpt_path='tiered://latest') goes on from there."
+            )

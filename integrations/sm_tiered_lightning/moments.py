@@ -1,0 +1,88 @@
+"""When a global step is over: the moments at which a training can be cut and go on as if it never was.
+
+Lightning has no hook there. At the end of a batch and of an epoch its hooks come before validation, before the
+schedulers that look at metrics, and before its own counters; so what follows them is called here by the loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """Calls *ask* on every rank after each batch that is not its epoch's last, and after each epoch."""
+
+    def __init__(self, trainer: Trainer, ask: Callable[[], None]) -> None:
+        self._trainer, self._ask = trainer, ask
+        self._bound: list[Any] = []
+
+    def bind(self) -> None:
+        """Begin to call; `unbind` ends it."""
+        self.unbind()
+        fit_loop: Any = self._trainer.fit_loop
+        for loop, ask in ((fit_loop.epoch_loop, self._after_batch), (fit_loop, self._ask)):
+            loop.on_advance_end = _then(loop.on_advance_end, ask)
+            self._bound.append(loop)
+
+    def unbind(self) -> None:
+        """Give the loops back; can be called many times."""
+        while self._bound:
+            del self._bound.pop().on_advance_end
+
+    def _after_batch(self) -> None:
+        # What follows an epoch's last batch, the epoch's end, belongs to its step.
+        if not is_epochs_last_batch(self._trainer):
+            self._ask()
+
+
+def is_epochs_last_batch(trainer: Trainer) -> bool:
+    """Whether the last batch that was trained on is the last of its epoch."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return bool(loop._num_ready_batches_reached())
+
+
+def leave_sigterm_to_policies(trainer: Trainer) -> None:
+    """Keep a SIGTERM from ending the training within a step, or on one rank before the others: `stop` will end it.
+
+    Lightning's own handler makes a collective call wherever the training is, and a training that accumulates gradients
+    ends in the middle of a step.
+    """
+    connector: Any = vars(trainer)["_signal_connector"]
+    passed_on: list[int] = []
+
+    def pass_on(number: int, _frame: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if launcher is not None and not passed_on:
+            passed_on.append(number)
+            launcher.kill(number)
+
+    connector._sigterm_notifier_fn = pass_on
+
+
+def stop(trainer: Trainer) -> None:
+    """End the training as Lightning does after a SIGTERM.
+
+    Raises:
+        SIGTERMException: always.
+    """
+    connector: Any = vars(trainer)["_signal_connector"]
+    connector.received_sigterm = True
+    raise SIGTERMException
+
+
+def _then(call: Callable[..., None], ask: Callable[[], None]) -> Callable[..., None]:
+    def both(*arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except SIGTERMException:
+            ask()
+            raise
+        ask()
+
+    return both
