@@ -66,7 +66,7 @@ class Fit:
         metrics = self.metrics.at(step)
         handle = session.maybe_save(step, partial(self._take, step, metrics), metrics)
         if handle is not None:
-            self._paths.saved(handle.tiers)
+            self._paths.saved([tier for tier in handle.tiers if not handle.skipped(tier)])
             if self._rank == 0:
                 self._report.saved(handle)
         if session.checkpointer.preempted:

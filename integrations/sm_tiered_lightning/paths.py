@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,7 @@ class Paths:
         """Say that *path* is being saved: first, for that is part of what is saved."""
         self.last, self.score = path, metrics.get(self.best.metric)
 
-    def saved(self, tiers: tuple[str, ...]) -> None:
+    def saved(self, tiers: Collection[str]) -> None:
         """Say that the last one goes to *tiers*: where these keep the best, it may be it."""
         if self.best.tier in tiers:
             self.best.offer(self.last, self.score)

@@ -21,16 +21,21 @@ def resume(trainer: Trainer, own: dict[str, Any], *, rank: int) -> None:
 
     Of another rank's state (there are more ranks now) only its loaders are taken.
     """
-    _go_on_with_next_epoch(trainer)
+    lookahead = Lookahead(trainer)
+    fit_loop: Any = trainer.fit_loop
+    if _goes_on_with_next_epoch(trainer):
+        lookahead.forget_what_is_ahead(own["loaders"])
+    # Lightning takes itself for restarting until the epoch has ended, and leaves out the schedulers' step of its end.
+    fit_loop._restarting = False
     if own["rank"] != rank:
         return
     if own["rng_ahead"] is not None:
-        Lookahead(trainer).fetch_again(own["loaders"], own["rng_ahead"])
+        lookahead.fetch_again(own["loaders"], own["rng_ahead"])
     _restore_rng_before_first_batch(trainer, own["rng"])
 
 
-def _go_on_with_next_epoch(trainer: Trainer) -> None:
-    """Where the checkpoint was saved at the end of an epoch, begin the next one, as the training did after the save.
+def _goes_on_with_next_epoch(trainer: Trainer) -> bool:
+    """Where the checkpoint was saved at the end of an epoch, begin the next one, and return whether that is so.
 
     With ``max_steps`` Lightning (2.6) runs an empty epoch first, and is one ahead in its count from then on: loaders
     that shuffle by epoch give other batches. With ``max_epochs`` it goes on with iterators that were made before the
@@ -39,13 +44,13 @@ def _go_on_with_next_epoch(trainer: Trainer) -> None:
     fit_loop: Any = trainer.fit_loop
     progress = fit_loop.epoch_progress
     if not (fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end):
-        return
+        return False
     if progress.total.completed < progress.total.processed:
         progress.increment_completed()
     fit_loop.reset_restart_stage()
     fit_loop._resuming_from_checkpoint = False
-    fit_loop._restarting = False
     fit_loop.epoch_loop.restarting = False
+    return True
 
 
 def _restore_rng_before_first_batch(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """A small Lightning training: accumulation, a scheduler, dropout and a loader whose position can be saved.
 
-``python job.py OUT RECIPE STEPS DEVICES [KILL_AT]`` trains to STEPS, each loss a line in OUT.<rank>; with KILL_AT it
-ends itself with SIGKILL in the middle of that step, once what was saved is durable. The final weights go to OUT.pt.
+``python job.py OUT RECIPE STEPS DEVICES STRATEGY [KILL_AT]`` trains to STEPS, each loss a line in OUT.<rank>; with
+KILL_AT it ends itself with SIGKILL in the middle of that step, once what was saved is durable. The final weights go to
+OUT.pt.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
@@ -40,6 +44,11 @@ class Model(LightningModule):
         self.out, self.kill_at = out, kill_at
         self.layers = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.3), nn.Linear(16, 1))
 
+    def configure_model(self) -> None:
+        if self.trainer.strategy.__class__ is ModelParallelStrategy and not isinstance(self.layers, FSDPModule):
+            mesh: Any = self.device_mesh
+            fully_shard(self.layers, mesh=mesh["data_parallel"])
+
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         if self.global_step == self.kill_at:
             tiered: Any = self.trainer.checkpoint_callback
@@ -56,7 +65,8 @@ class Model(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def train_dataloader(self) -> Any:
-        sampler = StatefulDistributedSampler(Numbers()) if self.trainer.world_size > 1 else None
+        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+        sampler = None if alone else StatefulDistributedSampler(Numbers())
         return StatefulDataLoader(Numbers(), batch_size=4, shuffle=sampler is None, sampler=sampler)
 
     def on_train_epoch_start(self) -> None:
@@ -65,8 +75,9 @@ class Model(LightningModule):
             loader.sampler.set_epoch(self.current_epoch)
 
 
-def main(out: str, recipe: str, steps: str, devices: str, kill_at: str = "") -> None:
+def main(out: str, recipe: str, steps: str, devices: str, strategy: str, kill_at: str = "") -> None:
     """Train."""
+    sharded = strategy == "fsdp2"
     torch.manual_seed(0)
     model = Model(out, int(kill_at) if kill_at else None)
     trainer = Trainer(
@@ -74,7 +85,7 @@ def main(out: str, recipe: str, steps: str, devices: str, kill_at: str = "") -> 
         accumulate_grad_batches=2,
         accelerator="cpu",
         devices=int(devices),
-        strategy="ddp" if devices != "1" else "auto",
+        strategy=ModelParallelStrategy(int(devices), 1) if sharded else strategy,
         plugins=[TieredCheckpointIO(recipe)],
         callbacks=[TieredCheckpoint(recipe)],
         use_distributed_sampler=False,  # Lightning's draws anew when it is made, and has no state
@@ -83,8 +94,9 @@ def main(out: str, recipe: str, steps: str, devices: str, kill_at: str = "") -> 
         enable_model_summary=False,
     )
     trainer.fit(model, ckpt_path="tiered://latest")
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) if sharded else {}
     if trainer.is_global_zero:
-        torch.save(model.state_dict(), f"{out}.pt")
+        torch.save(weights or model.state_dict(), f"{out}.pt")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.dcp_jobs import bits, recipe
+from tests.distributed.dcp_jobs import bits, recipe, steps
 
 JOB = Path(__file__).with_name("job.py")
 ROOT = Path(__file__).parents[2]
@@ -25,19 +25,20 @@ STEPS = 10
 class Job:
     """One training, launch after launch."""
 
-    def __init__(self, root: Path, memory: Path, devices: int, every: int = 2) -> None:
-        self.out, self.memory, self.devices = root / "out", memory, devices
+    def __init__(self, root: Path, memory: Path, strategy: str) -> None:
+        self.out, self.memory, self.strategy = root / "out", memory, strategy
+        self.devices = 1 if strategy == "auto" else 2
         self.recipe = root / "recipe.json"
         root.mkdir()
         saves: dict[str, Any] = {
-            "memory": {"save": {"every_n_steps": every}},
+            "memory": {"save": {"every_n_steps": 2}},
             "disk": {"save": {"every_n_steps": 4}},
         }
         self.recipe.write_text(json.dumps(recipe(root, memory, **saves)))
 
     def launch(self, kill_at: int | None = None) -> str:
         """Train to the end, or to the kill; return what was printed."""
-        command = [sys.executable, str(JOB), self.out, self.recipe, STEPS, self.devices, kill_at or ""]
+        command = [sys.executable, str(JOB), self.out, self.recipe, STEPS, self.devices, self.strategy, kill_at or ""]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}"}
         done = subprocess.run(
             list(map(str, command)), env=environment, capture_output=True, text=True, timeout=100, check=False
@@ -69,11 +70,11 @@ def same(one: Job, other: Job) -> None:
     assert bits(weights[0]) == bits(weights[1])
 
 
-@pytest.mark.parametrize(("devices", "kills"), [(1, (7, 9)), (2, (5, 9))])
+@pytest.mark.parametrize(("strategy", "kills"), [("auto", (7, 9)), ("ddp", (5, 9)), ("fsdp2", (5, 9))])
 def test_a_killed_training_goes_on_bit_for_bit(
-    tmp_path: Path, memory_dir: Path, devices: int, kills: tuple[int, int]
+    tmp_path: Path, memory_dir: Path, strategy: str, kills: tuple[int, int]
 ) -> None:
-    plain, killed = (Job(tmp_path / name, memory_dir / name, devices) for name in ("plain", "killed"))
+    plain, killed = (Job(tmp_path / name, memory_dir / name, strategy) for name in ("plain", "killed"))
     plain.launch()
     for step in kills:
         killed.launch(kill_at=step)
@@ -81,14 +82,21 @@ def test_a_killed_training_goes_on_bit_for_bit(
     killed.launch()
     assert killed.began_at() == [0, kills[0] - 1, 8]
     same(killed, plain)
+    shards = "*.distcp" if strategy == "fsdp2" else "__0_0.ckpt"
+    assert all(steps(killed.memory, shards).values())
     events = "".join(path.read_text() for path in (killed.memory / "run-1" / "events").glob("rank-*.jsonl"))
     assert re.search(r'"event": ?"Restored".*"disk"', events)
 
 
-def test_from_the_end_of_an_epoch_it_goes_on_with_the_next(tmp_path: Path, memory_dir: Path) -> None:
-    plain, killed = (Job(tmp_path / name, memory_dir / name, 1, every=5) for name in ("plain", "killed"))
-    plain.launch()
-    killed.launch(kill_at=6)
-    killed.launch()
-    assert killed.began_at() == [0, 5]
-    same(killed, plain)
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("devices", [1, 3])
+def test_another_number_of_ranks_goes_on_from_the_same_step(
+    tmp_path: Path, memory_dir: Path, strategy: str, devices: int
+) -> None:
+    job = Job(tmp_path / "job", memory_dir, strategy)
+    job.launch(kill_at=5)
+    job.devices = devices
+    printed = job.launch()
+    assert "step 4 restored from" in printed
+    assert job.began_at() == [0, 4]
