@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sm_tiered import deadline
 from sm_tiered.acks import Acks
 from sm_tiered.agreement import Agreement, Negotiator, Request
 from sm_tiered.composing import Composer
@@ -15,11 +14,11 @@ from sm_tiered.crashpoints import crashpoint
 from sm_tiered.errors import SaveError, TieredError, TierFullError, typed
 from sm_tiered.events import SaveAcknowledged, SaveFailed, SaveStaged
 from sm_tiered.handle import SaveHandle, TierState
-from sm_tiered.inventory import read_records
 from sm_tiered.ledger import Ledger
 from sm_tiered.parts import PartSource
 from sm_tiered.promotions import Promotions
 from sm_tiered.records import CheckpointId, Record
+from sm_tiered.rescue import RESCUE_SECS, promote_newest
 from sm_tiered.stager import Staged, Stager
 from sm_tiered.store import Store
 from sm_tiered.streaming import Streamer
@@ -29,8 +28,6 @@ __all__ = ["Saver"]
 
 _HANDLES_KEPT = 64
 """So many saves back a handle can still be asked for; older counters are dropped from the job's store."""
-_RESCUE_SECS = 5.0
-"""How long a training that has failed is held up to learn which step is whole."""
 _SETTLE_SECS = 1.0
 """How long a save waits for the digests of the one before it, so that its generation can be counted as whole."""
 
@@ -309,32 +306,9 @@ class Saver:
     # ---- the end
 
     def promote_newest(self) -> int | None:
-        """Bring the newest step that is whole in memory to the durable tiers that it is not on the way to.
-
-        For a training that has failed: not collective, and for the other ranks of this node too, which may be gone.
-        Return the step, or None where there is nothing to bring.
-        """
-        memory = self._store.tiers.memory
-        if memory is None:
-            return None
-        self._recorded.wait(_RESCUE_SECS)
-        with deadline.within(_RESCUE_SECS):
-            handles = reversed(self._negotiator.handles.items())
-            found = next(((checkpoint, handle) for checkpoint, handle in handles if self._is_whole(handle)), None)
-        if found is None:
-            return None
-        newest, handle = found
-        lacking = {tier for tier in self._store.tiers.durable if tier not in handle.tiers or handle.skipped(tier)}
-        if not lacking:
-            return None
-        self._promotions.enqueue(newest, lacking, ranks=read_records(memory, newest))
-        return newest.step
-
-    def _is_whole(self, handle: SaveHandle) -> bool:
-        try:
-            return all(handle.done(name) and handle.exception(name) is None for name in self._memory_name())
-        except TieredError:
-            return False  # nobody is left to ask; an older one may have been told of
+        """After a failure: bring the newest step in memory to safety; see `rescue.promote_newest`. Not collective."""
+        self._recorded.wait(RESCUE_SECS)
+        return promote_newest(self._negotiator.handles, self._store, self._promotions)
 
     def deliver(self) -> TieredError | None:
         """Tell of failed saves; see `Ledger.deliver`."""

@@ -54,7 +54,7 @@ class TieredCheckpointer:
 
     @property
     def notices_sigterm(self) -> bool:
-        """Whether a policy of the recipe waits for a SIGTERM: then one ends no process that goes on saving."""
+        """Whether a policy of the recipe waits for a SIGTERM."""
         return Need.SIGNAL in self._open.schedule.needs
 
     @property
@@ -106,6 +106,7 @@ class TieredCheckpointer:
                 the model is only evaluated.
 
         Raises:
+            ConfigError: *step* or *without* can't be used.
             CheckpointNotFoundError: no tier has *step*.
             MismatchError: the state and the checkpoint do not fit.
             TierUnavailableError: a tier did not answer, so what is newest can't be known.
@@ -192,10 +193,11 @@ class TieredCheckpointer:
         self.wait()
 
     def promote_newest(self) -> int | None:
-        """After a failure: bring the newest step that is whole in memory to the durable tiers; return it.
+        """After a failure: bring the newest step that this process knows whole in memory to the durable tiers.
 
-        None where the durable tiers have it, or are about to. Nothing is captured, for the state may be half updated.
-        Not collective. The drainer does the work, and goes on without this process.
+        Return the step; None where there is none, or where it went to all of them already, be it well or not. Nothing
+        is captured, for the state may be half updated. Not collective. The drainer does the work, and goes on without
+        this process.
 
         Raises:
             TieredError: the drainer could not be told.

@@ -48,7 +48,8 @@ class TieredCheckpointIO(CheckpointIO):
         self._session: Session | None = None
         self._handled: BaseException | None = None
         """What was being handled when the tiers were opened: no failure of what began then."""
-        self._shards: Callable[[], TrainState | None] | None = None
+        self._shards: Callable[[], TrainState | None] = _no_shards
+        self._attached = False
         self._fits = False
         self._failed = False
 
@@ -66,7 +67,7 @@ class TieredCheckpointIO(CheckpointIO):
             shards: returns model and optimizers where the strategy shards them.
             fits: whether what is loaded is trained on: where nothing was ever saved, that may begin afresh.
         """
-        self._shards, self._fits, self._failed = shards, fits, False
+        self._attached, self._shards, self._fits, self._failed = True, shards, fits, False
 
     def fail(self) -> None:
         """Say that the training has failed: `teardown` waits for nothing."""
@@ -85,8 +86,8 @@ class TieredCheckpointIO(CheckpointIO):
         if wanted is not None:
             self._save_to_tiers(checkpoint, wanted, str(path), whole=whole)
             return
-        if self._shards is None and whole:
-            self._check_alone()
+        if not self._attached and whole:
+            self._check_every_rank_calls()
             self.session.save(_step_of(checkpoint), Snapshot(checkpoint=checkpoint))
         self._files.save_checkpoint(checkpoint, path)
 
@@ -99,14 +100,15 @@ class TieredCheckpointIO(CheckpointIO):
                 f"weights alone can't be saved as {path}: a training would go on from them without its optimizer",
                 hint="Save them under a path of the file system.",
             )
-        train = self._shards() if self._shards is not None else self._check_alone()
+        self._check_every_rank_calls()
+        train = self._shards()
         if train is not None:
             checkpoint = {name: value for name, value in checkpoint.items() if name != "optimizer_states"}
             checkpoint["state_dict"] = {}
         self.session.save(step, Snapshot(checkpoint=checkpoint, train=train))
 
-    def _check_alone(self) -> None:
-        if _is_one_of_many():
+    def _check_every_rank_calls(self) -> None:
+        if not self._attached and _is_one_of_many():
             raise ConfigError(
                 "TieredCheckpointIO alone can't save for several processes: Lightning calls it on rank 0 only",
                 hint="Add callbacks=[TieredCheckpoint(recipe)] to the Trainer.",
@@ -125,7 +127,7 @@ class TieredCheckpointIO(CheckpointIO):
         wanted = parse_uri(path)
         if wanted is None:
             return self._files.load_checkpoint(path, map_location, weights_only)
-        found = self.session.load(wanted, self._shards() if self._shards is not None else None, fits=self._fits)
+        found = self.session.load(wanted, self._shards(), fits=self._fits)
         if not found and not self._fits:
             namespace = self.recipe.settings().namespace
             raise CheckpointNotFoundError(
@@ -148,6 +150,10 @@ class TieredCheckpointIO(CheckpointIO):
         if session is not None:
             raised = sys.exc_info()[1]
             session.close(abandon=self._failed or (raised is not None and raised is not self._handled))
+
+
+def _no_shards() -> None:
+    return None
 
 
 def _step_of(checkpoint: dict[str, Any]) -> int:

@@ -29,7 +29,7 @@ class Fit:
     def __init__(self, trainer: Trainer, session: Session, paths: Paths, report: Report) -> None:
         """Serve *trainer*, which is about to train."""
         self._trainer, self._session, self._paths, self._report = trainer, session, paths, report
-        self.metrics = Metrics(trainer, session.metrics)
+        self.metrics = Metrics(trainer, session.checkpointer.metrics)
         self.stopped = False
         """Whether a SIGTERM ends the training, and everything is saved."""
         self._moments = Moments(trainer, self._ask)
@@ -58,8 +58,7 @@ class Fit:
 
     def _ask(self) -> None:
         step, session = self._trainer.global_step, self._session
-        if self._rank == 0:
-            self._report.look(step)
+        self._report.look(step)
         if step == self._asked:
             return
         self._asked = step
@@ -67,8 +66,7 @@ class Fit:
         handle = session.maybe_save(step, partial(self._take, step, metrics), metrics)
         if handle is not None:
             self._paths.saved([tier for tier in handle.tiers if not handle.skipped(tier)])
-            if self._rank == 0:
-                self._report.saved(handle)
+            self._report.saved(handle)
         if session.checkpointer.preempted:
             self._stop()
 
@@ -78,7 +76,7 @@ class Fit:
         return Snapshot(checkpoint=checkpoint, train=self._shards, rng_ahead=self._lookahead.correct(checkpoint))
 
     def _stop(self) -> None:
-        """End the training on every rank alike, with what was saved brought to safety."""
+        """End the training, with what was saved brought to safety."""
         self.stopped = True
         self._session.checkpointer.wait()
         stop(self._trainer)
@@ -86,9 +84,8 @@ class Fit:
     def finish(self) -> None:
         """Save what waits for the end of the training, and wait for the drain."""
         self._report.waiting()
-        self._session.finish()
-        if self._rank == 0:
-            self._report.look(self._trainer.global_step)
+        self._session.checkpointer.finish()
+        self._report.look(self._trainer.global_step)
 
     def rescue(self) -> None:
         """After a failure: bring the newest step in memory to the durable tiers."""

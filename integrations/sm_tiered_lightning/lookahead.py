@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from sm_tiered_dcp import RngState
+from sm_tiered_lightning.overrides import Overrides
 
 __all__ = ["Lookahead"]
 
@@ -24,7 +25,7 @@ class Lookahead:
 
     def __init__(self, trainer: Trainer) -> None:
         self._loop: Any = trainer.fit_loop
-        self._bound = False
+        self._overrides = Overrides()
         self._before: _Before | None = None
 
     def bind(self) -> None:
@@ -32,14 +33,11 @@ class Lookahead:
         self.unbind()
         fetcher, epoch_loop = self._loop._data_fetcher, self._loop.epoch_loop
         if getattr(fetcher, "prefetch_batches", 0) and fetcher.length is None and self._states():
-            self._bound = True
-            epoch_loop._on_before_fetch = self._noting(epoch_loop._on_before_fetch)
+            self._overrides.put(epoch_loop, "_on_before_fetch", self._noting(epoch_loop._on_before_fetch))
 
     def unbind(self) -> None:
         """Give the loop back; can be called many times."""
-        if self._bound:
-            self._bound = False
-            del self._loop.epoch_loop._on_before_fetch
+        self._overrides.take_off()
         self._before = None
 
     def _noting(self, fetch: Callable[[], None]) -> Callable[[], None]:

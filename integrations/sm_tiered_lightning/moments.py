@@ -12,6 +12,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sm_tiered_lightning.overrides import Overrides
+
 __all__ = ["Moments"]
 
 
@@ -20,20 +22,18 @@ class Moments:
 
     def __init__(self, trainer: Trainer, ask: Callable[[], None]) -> None:
         self._trainer, self._ask = trainer, ask
-        self._bound: list[Any] = []
+        self._overrides = Overrides()
 
     def bind(self) -> None:
         """Begin to call; `unbind` ends it."""
         self.unbind()
         fit_loop: Any = self._trainer.fit_loop
         for loop, ask in ((fit_loop.epoch_loop, self._after_batch), (fit_loop, self._ask)):
-            loop.on_advance_end = _then(loop.on_advance_end, ask)
-            self._bound.append(loop)
+            self._overrides.put(loop, "on_advance_end", _then(loop.on_advance_end, ask))
 
     def unbind(self) -> None:
         """Give the loops back; can be called many times."""
-        while self._bound:
-            del self._bound.pop().on_advance_end
+        self._overrides.take_off()
 
     def _after_batch(self) -> None:
         # What follows an epoch's last batch, the epoch's end, belongs to its step.

@@ -37,13 +37,12 @@ def put_back(own: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         checkpoint["callbacks"] = own["callbacks"]
 
 
-def taken_from(rank: int, world: int, saved_world: int) -> int:
+def taken_from(rank: int, _world: int, saved_world: int) -> int:
     """Return the saved rank whose own state *rank* takes: its own, and of more ranks each further one an older one's.
 
     So all loaders stand after the same number of batches. The generators it takes from itself alone (`own_state` has
     the rank): ranks that draw the same numbers would make the same dropout masks.
     """
-    del world
     return rank % saved_world
 
 

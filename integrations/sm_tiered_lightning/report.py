@@ -13,7 +13,7 @@ __all__ = ["Report"]
 
 
 class Report:
-    """Follows saves from this rank, and tells the loggers of what was saved and what is durable."""
+    """Follows saves on rank 0, and tells the loggers of what was saved and what is durable."""
 
     def __init__(self, trainer: Trainer, checkpoint_callback: Any, memory: str | None) -> None:
         """Tell the loggers of *trainer*; *memory* is the memory tier's name."""
@@ -23,6 +23,8 @@ class Report:
 
     def saved(self, handle: SaveHandle) -> None:
         """Tell of a save that was just made."""
+        if not self._trainer.is_global_zero:
+            return
         found: dict[str, float] = {"blocked_secs": handle.blocked_secs, "saved_bytes": float(handle.saved_bytes)}
         if self._memory in handle.tiers and not handle.skipped(self._memory):
             found["memory_step"] = float(handle.step)

@@ -85,15 +85,6 @@ class Session:
         self.own = own
         return archive.value
 
-    @property
-    def metrics(self) -> frozenset[str]:
-        """The names of the metrics that keep policies rank checkpoints by."""
-        return self.checkpointer.metrics
-
-    def finish(self) -> None:
-        """Save what waits for the end of the training, and wait for the drain. Collective."""
-        self.checkpointer.finish()
-
     def close(self, *, abandon: bool) -> None:
         """Wait for the drain and let go; *abandon*: let go at once, the training has failed."""
         if abandon:

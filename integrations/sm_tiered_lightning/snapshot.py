@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 
 from sm_tiered_lightning.moments import is_epochs_last_batch
+from sm_tiered_lightning.overrides import Overrides
 
 __all__ = ["snapshot"]
 
@@ -26,7 +27,7 @@ def snapshot(trainer: Trainer, *, with_tensors: bool) -> dict[str, Any]:
         with_tensors: False leaves model and optimizer states empty: who shards them stores them apart.
     """
     connector: Any = vars(trainer)["_checkpoint_connector"]
-    with nullcontext() if with_tensors else _empty_states(trainer):
+    with nullcontext() if with_tensors else _empty_states(trainer.strategy):
         checkpoint: dict[str, Any] = connector.dump_checkpoint(weights_only=False)
     if not with_tensors:
         del checkpoint["optimizer_states"]
@@ -56,12 +57,12 @@ def _set_back(progress: _Progress, *counters: str) -> None:
             progress[scope][counter] -= 1
 
 
-@contextmanager
-def _empty_states(trainer: Trainer) -> Generator[None]:
-    strategy: Any = trainer.strategy
-    strategy.lightning_module_state_dict = dict
-    strategy.optimizer_state = lambda optimizer: {}  # pyright: ignore[reportUnknownLambdaType]
-    try:
-        yield
-    finally:
-        del strategy.lightning_module_state_dict, strategy.optimizer_state
+def _empty_states(strategy: Strategy) -> Overrides:
+    overrides = Overrides()
+    overrides.put(strategy, "lightning_module_state_dict", dict)
+    overrides.put(strategy, "optimizer_state", _empty)
+    return overrides
+
+
+def _empty(optimizer: object) -> dict[str, Any]:
+    return {}

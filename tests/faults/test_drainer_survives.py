@@ -275,6 +275,35 @@ def test_a_drainer_whose_directory_was_deleted_leaves_the_next_one_alone(
         assert ended, "it still works in a directory whose lock it lost"
 
 
+def test_a_rank_that_has_failed_brings_the_newest_step_of_its_whole_node_to_safety(memory_dir: Path) -> None:
+    job = Job(memory_dir, world=2)
+    job.durable.mkdir()
+
+    def work(group: Group) -> object:
+        engine = job.open(group)
+        for step in (1, 2):
+            save(engine, step, tiers=["memory"])
+        assert engine.saver.promote_newest() == 2 if group.rank == 0 else True
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with cleaned_up(job):
+        assert killed(job.run(work))
+        wait_until(lambda: committed(job, 2), "step 2 is not brought to the durable tier")
+    assert restored_from_durable(job) == 2
+
+
+def test_what_went_to_the_durable_tiers_is_not_sent_again_after_a_failure(memory_dir: Path) -> None:
+    job = Job(memory_dir)
+
+    def work(engine: PlainEngine) -> None:
+        assert engine.saver.promote_newest() is None
+        save(engine, 1)
+        assert engine.saver.promote_newest() is None
+
+    with cleaned_up(job):
+        job.work(work)
+
+
 def test_a_busy_drain_makes_the_newest_step_win_and_says_so(memory_dir: Path) -> None:
     job = Job(memory_dir, world=2)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sm_tiered.errors import MismatchError
+from sm_tiered.errors import ConfigError, MismatchError
 from sm_tiered.resolve import Candidate, assemble, survey
 from sm_tiered_dcp import TieredCheckpointer
 from sm_tiered_dcp.state_loader import PerRankRule, StateLoader
@@ -262,3 +262,15 @@ def test_a_pickle_that_one_rank_refuses_leaves_the_tensors_of_all_as_they_were(
         assert "per_rank.00001.hook: " in text
         assert "allow_pickle: true" in text
         assert untouched
+
+
+def test_what_is_not_wanted_is_left_out_with_all_below_it(tmp_path: Path, memory_dir: Path) -> None:
+    with TieredCheckpointer.from_recipe(recipe(tmp_path, memory_dir)) as checkpointer:
+        checkpointer.save(1, state(1.0, extra={"a": torch.ones(3), "b": 2}, extras=torch.ones(2))).wait("memory")
+        wanted = state(0.0, extras=torch.zeros(2))
+        with pytest.raises(MismatchError, match=r"not in the state: extra\.a, extra\.b"):
+            checkpointer.restore(wanted)
+        with pytest.raises(ConfigError, match=r"without must be a list of names, got 'extra'. Give \['extra'\]"):
+            checkpointer.restore(wanted, without="extra")
+        assert checkpointer.restore(wanted, without=["extra"]) == 1
+        assert bits(wanted) == bits(state(1.0, extras=torch.ones(2)))
