@@ -16,7 +16,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.noticed = False
-        """Whether a SIGTERM came to this process, or to another rank that said so."""
+        """Whether a SIGTERM came to this process."""
         self._before: Any = None
         self._installed = False
 
@@ -29,7 +29,12 @@ class Preemption:
         self._installed = True
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        self.noticed = True
+        if not self._installed and signal.getsignal(number) == self._notice:
+            # Somebody who came after us has put us back after we were removed: the signal is not ours to keep.
+            self._put_back()
+            signal.raise_signal(number)
+            return
+        self.noticed |= self._installed
         before: Callable[[int, FrameType | None], object] | object = self._before
         if callable(before):
             before(number, frame)
@@ -37,5 +42,8 @@ class Preemption:
     def remove(self) -> None:
         """Put the handler back that was there before, unless somebody has replaced this one since."""
         if self._installed and signal.getsignal(signal.SIGTERM) == self._notice:
-            signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
+            self._put_back()
         self._installed = False
+
+    def _put_back(self) -> None:
+        signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)

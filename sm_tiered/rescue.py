@@ -22,7 +22,7 @@ RESCUE_SECS = 5.0
 def promote_newest(saves: dict[CheckpointId, SaveHandle], store: Store, promotions: Promotions) -> int | None:
     """Hand all that this node has of the newest whole step of *saves* to the drainer; return the step.
 
-    None where no step is whole, or where that step went to every durable tier already, be it well or not.
+    None where no step is whole, or where that step is on its way to every durable tier already, or there.
     """
     memory = store.tiers.memory
     if memory is None:
@@ -32,11 +32,18 @@ def promote_newest(saves: dict[CheckpointId, SaveHandle], store: Store, promotio
     if newest is None:
         return None
     checkpoint, handle = newest
-    lacking = {tier for tier in store.tiers.durable if tier not in handle.tiers or handle.skipped(tier)}
+    lacking = {tier for tier in store.tiers.durable if not _is_sent(handle, tier)}
     if not lacking:
         return None
     promotions.enqueue(checkpoint, lacking, ranks=read_records(memory, checkpoint))
     return checkpoint.step
+
+
+def _is_sent(handle: SaveHandle, tier: str) -> bool:
+    try:
+        return tier in handle.tiers and handle.exception(tier) is None
+    except TieredError:
+        return True  # it can't be told; the drainer has what it was given
 
 
 def _is_whole(handle: SaveHandle, memory: str) -> bool:

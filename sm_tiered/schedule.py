@@ -36,7 +36,8 @@ class Schedule:
     preemption: Preemption
     started_at: float = field(default_factory=time.time)
     _last: dict[str, tuple[int, float]] = field(default_factory=dict[str, tuple[int, float]])
-    _acted_on: bool = False
+    preempted: bool = False
+    """Whether a SIGTERM came to any rank, as all of them learned in one exchange: the same on every rank."""
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -64,7 +65,7 @@ class Schedule:
         """
         if not self.needs:
             return Due(tiers=self._ask(step, metrics, preempted=False, ending=ending))
-        fresh = self.preemption.noticed and not self._acted_on
+        fresh = self.preemption.noticed and not self.preempted
         offer, failure = Offer(step=step, preempted=fresh), None
         if self.group.rank == 0:
             try:
@@ -77,7 +78,7 @@ class Schedule:
         if agreed.failed_rank is not None:
             raise failure or RankFailedError("rank 0's policy failed: it raised the reason", step=step, rank=0)
         if agreed.preempted:
-            self._acted_on = self.preemption.noticed = True
+            self.preempted = True
         return Due(tiers=self._names(agreed.tiers if agreed.preempted else agreed.decided), preempted=agreed.preempted)
 
     def note_saved(self, step: int, tiers: Iterable[str]) -> None:

@@ -49,8 +49,11 @@ class TieredCheckpointer:
 
     @property
     def preempted(self) -> bool:
-        """Whether a SIGTERM came to this process, or to a rank that said so at a `maybe_save`."""
-        return self._open.preemption.noticed
+        """Whether a SIGTERM had come to any rank by the last `maybe_save`: the same on every rank.
+
+        So all can stop on it. False for ever where no policy of the recipe waits for one.
+        """
+        return self._open.schedule.preempted
 
     @property
     def notices_sigterm(self) -> bool:
@@ -195,7 +198,7 @@ class TieredCheckpointer:
     def promote_newest(self) -> int | None:
         """After a failure: bring the newest step that this process knows whole in memory to the durable tiers.
 
-        Return the step; None where there is none, or where it went to all of them already, be it well or not. Nothing
+        Return the step; None where there is none, or where it is on its way to all of them already, or there. Nothing
         is captured, for the state may be half updated. Not collective. The drainer does the work, and goes on without
         this process.
 

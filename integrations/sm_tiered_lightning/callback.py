@@ -15,6 +15,7 @@ from sm_tiered_dcp.engine import RecipeLike
 from sm_tiered_lightning.checkpoint_io import TieredCheckpointIO
 from sm_tiered_lightning.fit import Fit
 from sm_tiered_lightning.moments import leave_sigterm_to_policies
+from sm_tiered_lightning.overrides import Overrides
 from sm_tiered_lightning.paths import BestModel, Paths
 from sm_tiered_lightning.report import Report
 from sm_tiered_lightning.serving import check_strategy, serve, shards
@@ -42,6 +43,7 @@ class TieredCheckpoint(Checkpoint):
         self._paths = Paths(best=BestModel.of(self.recipe.settings()))
         self._io: TieredCheckpointIO | None = None
         self._fit: Fit | None = None
+        self._sigterm = Overrides()
 
     @property
     def last_model_path(self) -> str:
@@ -79,7 +81,7 @@ class TieredCheckpoint(Checkpoint):
         serve(strategy, io)
         # A namespace that is in use is heard of before the training starts.
         if stage == "fit" and io.session.checkpointer.notices_sigterm:
-            leave_sigterm_to_policies(trainer)
+            self._sigterm = leave_sigterm_to_policies(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up where the checkpoint that was loaded left off, and begin to ask the policies."""
@@ -94,7 +96,7 @@ class TieredCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that metrics belong to this step."""
         if self._fit is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._fit.metrics.note_validation(trainer.global_step)
+            self._fit.note_validation()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what waits for the end of the training, and wait for the drain."""
@@ -106,8 +108,12 @@ class TieredCheckpoint(Checkpoint):
         if self._io is None:
             return
         self._io.fail()
-        if self._fit is not None and not self._fit.stopped:
-            self._fit.rescue()
+        fit, self._fit = self._fit, None
+        try:
+            if fit is not None and not fit.stopped:
+                fit.rescue()
+        finally:
+            self._let_go(fit)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is kept in a checkpoint."""
@@ -120,7 +126,12 @@ class TieredCheckpoint(Checkpoint):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the tiers."""
         fit, self._fit = self._fit, None
-        if fit is not None:
-            fit.end()
+        self._let_go(fit)
         if self._io is not None:
             self._io.teardown()
+
+    def _let_go(self, fit: Fit | None) -> None:
+        """Give Lightning back what stands in for its own."""
+        if fit is not None:
+            fit.end()
+        self._sigterm.take_off()

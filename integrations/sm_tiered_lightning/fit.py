@@ -12,9 +12,10 @@ from sm_tiered.errors import TieredError
 from sm_tiered_lightning.lookahead import Lookahead
 from sm_tiered_lightning.metrics import Metrics
 from sm_tiered_lightning.moments import Moments, stop
+from sm_tiered_lightning.overrides import Overrides
 from sm_tiered_lightning.paths import Paths
-from sm_tiered_lightning.report import Report
-from sm_tiered_lightning.resume import resume
+from sm_tiered_lightning.report import Report, left_out
+from sm_tiered_lightning.resume import reloaded_in, resume
 from sm_tiered_lightning.serving import shards
 from sm_tiered_lightning.session import Session, Snapshot
 from sm_tiered_lightning.snapshot import snapshot
@@ -29,12 +30,13 @@ class Fit:
     def __init__(self, trainer: Trainer, session: Session, paths: Paths, report: Report) -> None:
         """Serve *trainer*, which is about to train."""
         self._trainer, self._session, self._paths, self._report = trainer, session, paths, report
-        self.metrics = Metrics(trainer, session.checkpointer.metrics)
+        self._metrics = Metrics(trainer, session.checkpointer.metrics)
         self.stopped = False
         """Whether a SIGTERM ends the training, and everything is saved."""
         self._moments = Moments(trainer, self._ask)
         self._lookahead = Lookahead(trainer)
         self._asked = trainer.global_step
+        self._resuming = Overrides()
         self._shards = shards(trainer.strategy)
 
     def begin(self) -> None:
@@ -43,7 +45,7 @@ class Fit:
         if own is None:
             self._warn_of_what_is_left_behind()
         else:
-            resume(self._trainer, own, rank=self._rank)
+            self._resuming = resume(self._trainer, own, rank=self._rank)
         self._moments.bind()
         self._lookahead.bind()
 
@@ -51,10 +53,16 @@ class Fit:
         """Give Lightning's loops back; can be called many times."""
         self._moments.unbind()
         self._lookahead.unbind()
+        self._resuming.take_off()
 
     @property
     def _rank(self) -> int:
         return self._session.checkpointer.rank
+
+    def note_validation(self) -> None:
+        """Say that a validation has ended."""
+        step = self._trainer.global_step
+        self._metrics.note_validation(step, decided=step == self._asked)
 
     def _ask(self) -> None:
         step, session = self._trainer.global_step, self._session
@@ -62,10 +70,10 @@ class Fit:
         if step == self._asked:
             return
         self._asked = step
-        metrics = self.metrics.at(step)
+        metrics = self._metrics.at(step)
         handle = session.maybe_save(step, partial(self._take, step, metrics), metrics)
         if handle is not None:
-            self._paths.saved([tier for tier in handle.tiers if not handle.skipped(tier)])
+            self._paths.saved([tier for tier in handle.tiers if not left_out(handle, tier)])
             self._report.saved(handle)
         if session.checkpointer.preempted:
             self._stop()
@@ -73,7 +81,12 @@ class Fit:
     def _take(self, step: int, metrics: Mapping[str, float]) -> Snapshot:
         self._paths.begin(step_uri(step), metrics)
         checkpoint = snapshot(self._trainer, with_tensors=self._shards is None)
-        return Snapshot(checkpoint=checkpoint, train=self._shards, rng_ahead=self._lookahead.correct(checkpoint))
+        return Snapshot(
+            checkpoint=checkpoint,
+            train=self._shards,
+            rng_ahead=self._lookahead.correct(checkpoint),
+            reloaded_in=reloaded_in(self._trainer),
+        )
 
     def _stop(self) -> None:
         """End the training, with what was saved brought to safety."""
@@ -91,7 +104,7 @@ class Fit:
         """After a failure: bring the newest step in memory to the durable tiers."""
         try:
             self._session.checkpointer.promote_newest()
-        except TieredError as error:
+        except Exception as error:
             # What the training raised is what counts; this must be heard of beside it.
             rank_zero_warn(f"sm_tiered: the newest step in memory is not brought to the durable tiers: {error}")
 

@@ -68,8 +68,3 @@ class Lookahead:
         # Not before the iterators are made, which draw numbers too.
         fetcher._start_profiler = lambda: RngState().load_state_dict(rng)
         iter(fetcher)
-
-    def forget_what_is_ahead(self, loaders: list[Any] | None) -> None:
-        """Set the loaders back to where they were saved: Lightning has fetched of an epoch that it begins again."""
-        if loaders and getattr(self._loop._data_fetcher, "batches", None):
-            self._loop._combined_loader._load_state_dicts(loaders)

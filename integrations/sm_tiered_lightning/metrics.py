@@ -20,11 +20,17 @@ class Metrics:
     def __init__(self, trainer: Trainer, wanted: frozenset[str]) -> None:
         self._trainer, self._wanted = trainer, wanted
         self._validated_at = -1
-        self._warned = False
+        self._warned = set[str]()
 
-    def note_validation(self, step: int) -> None:
-        """Say that a validation has ended at *step*."""
-        self._validated_at = step
+    def note_validation(self, step: int, *, decided: bool) -> None:
+        """Say that a validation has ended at *step*; *decided*: whether that one is saved is settled already."""
+        if not decided:
+            self._validated_at = step
+        elif self._wanted:
+            self._warn(
+                f"a validation within an accumulation ranks no checkpoint by {sorted(self._wanted)}; make "
+                "val_check_interval a multiple of accumulate_grad_batches"
+            )
 
     def at(self, step: int) -> dict[str, float]:
         """Return all wanted metrics of *step* as rank 0 has them, or none.
@@ -47,6 +53,9 @@ class Metrics:
         text = f"the recipe keeps the best by {name!r}, which was not logged; there are {logged}"
         if certain:
             raise ConfigError(text, hint=f"Log it, self.log({name!r}, ...), or correct its name in the recipe.")
-        if not self._warned:
-            self._warned = True
+        self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
             rank_zero_warn(f"sm_tiered: {text}")

@@ -47,11 +47,11 @@ def is_epochs_last_batch(trainer: Trainer) -> bool:
     return bool(loop._num_ready_batches_reached())
 
 
-def leave_sigterm_to_policies(trainer: Trainer) -> None:
+def leave_sigterm_to_policies(trainer: Trainer) -> Overrides:
     """Keep a SIGTERM from ending the training within a step, or on one rank before the others: `stop` will end it.
 
     Lightning's own handler makes a collective call wherever the training is, and a training that accumulates gradients
-    ends in the middle of a step.
+    ends in the middle of a step. That is so until what is returned is taken off.
     """
     connector: Any = vars(trainer)["_signal_connector"]
     passed_on: list[int] = []
@@ -62,7 +62,9 @@ def leave_sigterm_to_policies(trainer: Trainer) -> None:
             passed_on.append(number)
             launcher.kill(number)
 
-    connector._sigterm_notifier_fn = pass_on
+    overrides = Overrides()
+    overrides.put(connector, "_sigterm_notifier_fn", pass_on)
+    return overrides
 
 
 def stop(trainer: Trainer) -> None:

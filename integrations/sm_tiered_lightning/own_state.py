@@ -12,18 +12,26 @@ _LOADERS = "combined_loader"
 """Where Lightning keeps the states of the training's dataloaders, in the state of its fit loop."""
 
 
-def own_state(checkpoint: dict[str, Any], *, rank: int, rng_ahead: dict[str, Any] | None = None) -> dict[str, Any]:
+def own_state(
+    checkpoint: dict[str, Any],
+    *,
+    rank: int,
+    rng_ahead: dict[str, Any] | None = None,
+    reloaded_in: tuple[float, float] | None = None,
+) -> dict[str, Any]:
     """Return what belongs to this rank alone: the random generators now, and out of its own *checkpoint* the rest.
 
     Args:
         checkpoint: as this rank dumped it.
         rank: this rank.
         rng_ahead: the generators before the fetch of a batch that is not yet trained on; see `Lookahead`.
+        reloaded_in: the epochs in which the loaders of the training and of its validation were made, where known.
     """
     return {
         "rank": rank,
         "rng": RngState().state_dict(),
         "rng_ahead": rng_ahead,
+        "reloaded_in": reloaded_in,
         "loaders": _fit_loop(checkpoint).get(_LOADERS),
         "callbacks": checkpoint.get("callbacks"),
     }

@@ -68,6 +68,7 @@ class Paths:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned, when the last one was restored: it may be the best."""
         self.last, self.score = state["last"], state["score"]
+        self.best.path, self.best.score = "", math.nan
         path, score = state["best"]
         for one in ((path, score if path else None), (self.last, self.score)):
             self.best.offer(*one)

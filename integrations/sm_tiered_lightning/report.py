@@ -7,9 +7,26 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from sm_tiered.errors import TieredError
 from sm_tiered.handle import SaveHandle
 
-__all__ = ["Report"]
+__all__ = ["Report", "left_out"]
+
+
+def left_out(handle: SaveHandle, tier: str) -> bool:
+    """Return whether *handle*'s save was left out on *tier*, as far as that can be told now."""
+    try:
+        return handle.skipped(tier)
+    except TieredError:
+        return False
+
+
+def _ended(handle: SaveHandle, tier: str) -> bool:
+    # Where nobody is left to ask, the ranks will hear of it together, at their next save.
+    try:
+        return handle.done(tier)
+    except TieredError:
+        return False
 
 
 class Report:
@@ -26,14 +43,14 @@ class Report:
         if not self._trainer.is_global_zero:
             return
         found: dict[str, float] = {"blocked_secs": handle.blocked_secs, "saved_bytes": float(handle.saved_bytes)}
-        if self._memory in handle.tiers and not handle.skipped(self._memory):
+        if self._memory in handle.tiers and not left_out(handle, self._memory):
             found["memory_step"] = float(handle.step)
         self._open += [(handle, tier) for tier in handle.tiers if tier != self._memory]
         self._log(found)
 
     def look(self, step: int) -> None:
         """Tell of what has become durable since; *step* is where the training is."""
-        ended = [(handle, tier) for handle, tier in self._open if handle.done(tier)]
+        ended = [(handle, tier) for handle, tier in self._open if _ended(handle, tier)]
         if not ended:
             return
         self._open = [pair for pair in self._open if pair not in ended]
@@ -49,7 +66,7 @@ class Report:
     def waiting(self) -> None:
         """Say what the end of the training waits for."""
         for handle, tier in self._open:
-            if not handle.done(tier):
+            if not _ended(handle, tier):
                 rank_zero_info(f"sm_tiered: waiting until step {handle.step} is durable on {tier}")
 
     def _log(self, found: dict[str, float]) -> None:

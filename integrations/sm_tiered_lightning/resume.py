@@ -8,30 +8,49 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.utilities import data
 from lightning.pytorch import Trainer
 
 from sm_tiered_dcp import RngState
 from sm_tiered_lightning.lookahead import Lookahead
+from sm_tiered_lightning.overrides import Overrides
 
-__all__ = ["resume"]
+__all__ = ["reloaded_in", "resume"]
 
 
-def resume(trainer: Trainer, own: dict[str, Any], *, rank: int) -> None:
+def reloaded_in(trainer: Trainer) -> tuple[float, float]:
+    """Return the epochs in which the loaders of the training and of its validation were made."""
+    fit_loop: Any = trainer.fit_loop
+    return fit_loop._last_train_dl_reload_epoch, fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch
+
+
+def resume(trainer: Trainer, own: dict[str, Any], *, rank: int) -> Overrides:
     """Take up what `own_state` kept, when the training starts and Lightning has restored what it restores.
 
-    Of another rank's state (there are more ranks now) only its loaders are taken.
+    Of another rank's state (there are more ranks now) only its loaders are taken. Returns what is still to happen when
+    the first epoch begins, to be taken off where none does.
     """
-    lookahead = Lookahead(trainer)
+    pending = Overrides()
     fit_loop: Any = trainer.fit_loop
-    if _goes_on_with_next_epoch(trainer):
-        lookahead.forget_what_is_ahead(own["loaders"])
+    if own["reloaded_in"] is not None:
+        val_loop = fit_loop.epoch_loop.val_loop
+        fit_loop._last_train_dl_reload_epoch, val_loop._last_val_dl_reload_epoch = own["reloaded_in"]
+    at_epochs_end = _goes_on_with_next_epoch(trainer)
+    if at_epochs_end:
+        _leave_loaders_where_they_ended(fit_loop, own["loaders"])
+    elif own["rng_ahead"] is None:
+        _make_iterators_again(fit_loop, own["loaders"])
     # Lightning takes itself for restarting until the epoch has ended, and leaves out the schedulers' step of its end.
     fit_loop._restarting = False
     if own["rank"] != rank:
-        return
+        return pending
     if own["rng_ahead"] is not None:
-        lookahead.fetch_again(own["loaders"], own["rng_ahead"])
-    _restore_rng_before_first_batch(trainer, own["rng"])
+        Lookahead(trainer).fetch_again(own["loaders"], own["rng_ahead"])
+    if at_epochs_end:
+        _restore_rng_before_next_epoch(fit_loop, own["rng"], pending)
+    else:
+        _restore_rng_before_next_batch(fit_loop.epoch_loop, own["rng"], pending)
+    return pending
 
 
 def _goes_on_with_next_epoch(trainer: Trainer) -> bool:
@@ -53,32 +72,62 @@ def _goes_on_with_next_epoch(trainer: Trainer) -> bool:
     return True
 
 
-def _restore_rng_before_first_batch(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Set the random generators where the training drew from them next after the save.
+def _leave_loaders_where_they_ended(fit_loop: Any, loaders: list[Any] | None) -> None:
+    """Load what the loaders were like after their epoch, so that the next iterators are those of the next epoch.
 
-    That is where an epoch makes its iterators; inside an epoch, where the next batch is fetched. Lightning calls no
-    hook at either place.
+    With ``max_epochs`` Lightning (2.6) does not load it at all.
     """
-    loop: Any = trainer.fit_loop.epoch_loop
-    begin_epoch: Callable[[Any], None] = loop.on_run_start
+    combined, fit_loop._combined_loader_states_to_load = fit_loop._combined_loader, []
+    combined._load_state_dicts(loaders or [])
+    if not loaders or fit_loop._data_fetcher.length is None:
+        return  # an iterator that has been asked in vain knows that it has ended
+    for loader in combined.flattened:
+        if not hasattr(loader, "load_state_dict"):
+            continue
+        iterator = iter(loader)
+        if data.sized_len(loader) == fit_loop.max_batches:
+            # A sampler that is a generator takes up its position when it is first asked, not when it is loaded.
+            next(iterator, None)
+        elif getattr(getattr(loader, "sampler", None), "next_yielded", None) is not None:
+            loader.sampler.next_yielded = None
+
+
+def _make_iterators_again(fit_loop: Any, loaders: list[Any] | None) -> None:
+    """Lightning makes the iterators before samplers know their epoch, and loaders with workers fetch at once."""
+    if not loaders or not fit_loop.epoch_progress.current.processed:
+        return
+    for loader in fit_loop._combined_loader.flattened:
+        vars(data)["_set_sampler_epoch"](loader, fit_loop.epoch_progress.current.processed)
+    fit_loop._combined_loader._load_state_dicts(loaders)
+    iter(fit_loop._data_fetcher)
+
+
+def _restore_rng_before_next_epoch(fit_loop: Any, state: dict[str, Any], pending: Overrides) -> None:
+    """Set the random generators before anything of the epoch is done, its loaders made anew among it."""
+    begin: Callable[[], None] = fit_loop.on_advance_start
+
+    def at_start_of_epoch() -> None:
+        pending.take_off()
+        RngState().load_state_dict(state)
+        begin()
+
+    pending.put(fit_loop, "on_advance_start", at_start_of_epoch)
+
+
+def _restore_rng_before_next_batch(epoch_loop: Any, state: dict[str, Any], pending: Overrides) -> None:
+    """Set the random generators where the next batch is fetched; Lightning calls no hook there."""
+    begin: Callable[[Any], None] = epoch_loop.on_run_start
 
     def at_start_of_epoch(fetcher: Any) -> None:
-        del loop.on_run_start
-        made = fetcher.combined_loader._iterator
-        RngState().load_state_dict(state)
-        begin_epoch(fetcher)
-        if fetcher.combined_loader._iterator is made:
-            _before_next_fetch(fetcher, lambda: RngState().load_state_dict(state))
+        pending.take_off()
+        begin(fetcher)
+        profile = fetcher._start_profiler
 
-    loop.on_run_start = at_start_of_epoch
+        def once() -> None:
+            fetcher._start_profiler = profile
+            RngState().load_state_dict(state)
+            profile()
 
+        fetcher._start_profiler = once
 
-def _before_next_fetch(fetcher: Any, action: Callable[[], None]) -> None:
-    profile = fetcher._start_profiler
-
-    def once() -> None:
-        fetcher._start_profiler = profile
-        action()
-        profile()
-
-    fetcher._start_profiler = once
+    pending.put(epoch_loop, "on_run_start", at_start_of_epoch)

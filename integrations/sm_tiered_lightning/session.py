@@ -35,7 +35,8 @@ class Snapshot:
     train: TrainState | None = None
     """Model and optimizers where they are sharded, each rank's share of them; not in the checkpoint then."""
     rng_ahead: dict[str, Any] | None = None
-    """See `Lookahead`."""
+    reloaded_in: tuple[float, float] | None = None
+    """These two: see `own_state`."""
 
 
 class Session:
@@ -93,7 +94,12 @@ class Session:
             self.checkpointer.close()
 
     def _state(self, taken: Snapshot) -> dict[str, Any]:
-        own = own_state(taken.checkpoint, rank=self.checkpointer.rank, rng_ahead=taken.rng_ahead)
+        own = own_state(
+            taken.checkpoint,
+            rank=self.checkpointer.rank,
+            rng_ahead=taken.rng_ahead,
+            reloaded_in=taken.reloaded_in,
+        )
         # A tuple is one value, whatever tensors stand in it.
         state = {"checkpoint": Archive(taken.checkpoint), "per_rank": {"lightning": (own,)}}
         return state if taken.train is None else {**state, "train": taken.train}

@@ -45,7 +45,10 @@ def _set_back_to_batch(trainer: Trainer, fit_loop: dict[str, Any]) -> None:
     if epochs["processed"] == epochs["started"]:
         # The training ended within an epoch, which was counted all the same.
         _set_back(fit_loop["epoch_progress"], "completed", "processed")
-    _set_back(fit_loop["epoch_loop.batch_progress"], "completed")
+    batches = fit_loop["epoch_loop.batch_progress"]
+    if batches["total"]["started"] == batches["total"]["ready"] == batches["total"]["processed"]:
+        # Where an earlier epoch skipped its rest these differ for good, and Lightning goes on after `completed`.
+        _set_back(batches, "completed")
     epoch_loop: Any = trainer.fit_loop.epoch_loop
     if not epoch_loop._should_accumulate():
         fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1

@@ -57,11 +57,12 @@ def _preempted(rank: int, which: dict[str, Any], world: int) -> dict[str, Any]:
     """Step again and again; the test sends SIGTERM to one rank between two steps."""
     heard: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-    found: dict[str, Any] = {"saved": {}, "preempted": []}
+    found: dict[str, Any] = {"saved": {}, "before": [], "preempted": []}
     checkpointer = TieredCheckpointer.from_recipe(which)
     for step in range(1, 7):
         tell(step)
         pause()
+        found["before"].append(checkpointer.preempted)
         handle = checkpointer.maybe_save(step, _state(rank, step))
         found["preempted"].append(checkpointer.preempted)
         if handle is not None:
@@ -90,6 +91,7 @@ def test_one_rank_that_is_told_to_stop_lets_all_save_once(
         assert end.trace is None, end.trace
         assert end.value["saved"] == {3: ("memory", "disk"), 5: ("memory",)}, "acted on once"
         assert end.value["preempted"] == [False, False, True, True, True, True]
+        assert end.value["before"] == [False, False, False, True, True, True], "no rank stops before the others know"
         told = 2 if rank == victim else 0
         assert end.value["heard"] == [signal.SIGTERM] * told, "who listened before still hears"
         assert end.value["heard after"] == told + 1, "and alone, once the checkpointer is closed"

@@ -304,6 +304,24 @@ def test_what_went_to_the_durable_tiers_is_not_sent_again_after_a_failure(memory
         job.work(work)
 
 
+def test_what_could_not_be_drained_is_sent_again_after_a_failure(memory_dir: Path) -> None:
+    job = Job(memory_dir, options={"commit_deadline_secs": 1})
+
+    def work(engine: PlainEngine) -> None:
+        job.durable.rename(memory_dir / "away")
+        job.durable.touch()
+        handle = engine.save(1, state(1, 1, 0))
+        wait_until(lambda: handle.done("durable"), "the drain does not give up")
+        assert handle.exception("durable") is not None
+        job.durable.unlink()
+        (memory_dir / "away").rename(job.durable)
+        assert engine.saver.promote_newest() == 1
+        wait_until(lambda: committed(job, 1), "step 1 is not brought to the durable tier")
+
+    with cleaned_up(job):
+        job.work(work)
+
+
 def test_a_busy_drain_makes_the_newest_step_win_and_says_so(memory_dir: Path) -> None:
     job = Job(memory_dir, world=2)
 

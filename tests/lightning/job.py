@@ -1,8 +1,9 @@
 """A small Lightning training: accumulation, a scheduler, dropout and a loader whose position can be saved.
 
-``python job.py OUT RECIPE STEPS DEVICES STRATEGY [KILL_AT]`` trains to STEPS, each loss a line in OUT.<rank>; with
-KILL_AT it ends itself with SIGKILL in the middle of that step, once what was saved is durable. The final weights go to
-OUT.pt.
+``python job.py OUT RECIPE STEPS DEVICES STRATEGY [CUT_AT HOW]`` trains to STEPS: where it begins is a line in
+OUT.began, each loss one in OUT.<rank>, and the final weights go to OUT.pt. It is cut in the middle of step CUT_AT: by
+SIGKILL once what was saved is durable (``kill``), by an exception on the last rank (``raise``), or by a SIGTERM to it
+(``term``).
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class Numbers(Dataset[torch.Tensor]):
 class Model(LightningModule):
     """Writes each loss down, and may end its own process."""
 
-    def __init__(self, out: str, kill_at: int | None) -> None:
+    def __init__(self, out: str, cut_at: int | None, how: str) -> None:
         super().__init__()
-        self.out, self.kill_at = out, kill_at
+        self.out, self.cut_at, self.how = out, cut_at, how
         self.layers = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.3), nn.Linear(16, 1))
 
     def configure_model(self) -> None:
@@ -50,14 +51,28 @@ class Model(LightningModule):
             fully_shard(self.layers, mesh=mesh["data_parallel"])
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        if self.global_step == self.kill_at:
-            tiered: Any = self.trainer.checkpoint_callback
-            tiered._io.session.checkpointer.wait()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.global_step == self.cut_at:
+            self.cut()
         loss = (self.layers(batch) - batch.sum(1, keepdim=True)).square().mean()
         with Path(f"{self.out}.{self.global_rank}").open("a") as file:
             file.write(f"{self.global_step} {batch_idx} {loss.item().hex()}\n")
         return loss
+
+    def on_train_start(self) -> None:
+        if self.trainer.is_global_zero:
+            with Path(f"{self.out}.began").open("a") as file:
+                file.write(f"{self.global_step}\n")
+
+    def cut(self) -> None:
+        last = self.global_rank == self.trainer.world_size - 1
+        if self.how == "kill":
+            tiered: Any = self.trainer.checkpoint_callback
+            tiered._io.session.checkpointer.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif last and self.how == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif last and self.how == "raise":
+            raise ZeroDivisionError("cut")
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -75,11 +90,11 @@ class Model(LightningModule):
             loader.sampler.set_epoch(self.current_epoch)
 
 
-def main(out: str, recipe: str, steps: str, devices: str, strategy: str, kill_at: str = "") -> None:
+def main(out: str, recipe: str, steps: str, devices: str, strategy: str, cut_at: str = "", how: str = "") -> None:
     """Train."""
     sharded = strategy == "fsdp2"
     torch.manual_seed(0)
-    model = Model(out, int(kill_at) if kill_at else None)
+    model = Model(out, int(cut_at) if cut_at else None, how)
     trainer = Trainer(
         max_steps=int(steps),
         accumulate_grad_batches=2,

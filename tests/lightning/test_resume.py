@@ -16,34 +16,41 @@ import pytest
 import torch
 
 from tests.distributed.dcp_jobs import bits, recipe, steps
+from tests.waiting import wait_until
 
 JOB = Path(__file__).with_name("job.py")
 ROOT = Path(__file__).parents[2]
 STEPS = 10
+ENDS = {"kill": -signal.SIGKILL, "term": 0, "raise": 1}
+"""How rank 0's process ends."""
+KILLS = [(5, "kill", 4), (9, "kill", 8)]
+ALL = [(2, "term", 3), (5, "kill", 4), (7, "raise", 6)]
+"""In which step it is cut, how, and which step is the newest then."""
 
 
 class Job:
     """One training, launch after launch."""
 
     def __init__(self, root: Path, memory: Path, strategy: str) -> None:
-        self.out, self.memory, self.strategy = root / "out", memory, strategy
+        self.out, self.disk, self.memory, self.strategy = root / "out", root / "disk", memory, strategy
         self.devices = 1 if strategy == "auto" else 2
         self.recipe = root / "recipe.json"
         root.mkdir()
         saves: dict[str, Any] = {
-            "memory": {"save": {"every_n_steps": 2}},
-            "disk": {"save": {"every_n_steps": 4}},
+            "memory": {"save": {"any": [{"every_n_steps": 2}, "on_preemption"]}},
+            "disk": {"save": {"any": [{"every_n_steps": 4}, "on_preemption"]}},
         }
         self.recipe.write_text(json.dumps(recipe(root, memory, **saves)))
 
-    def launch(self, kill_at: int | None = None) -> str:
-        """Train to the end, or to the kill; return what was printed."""
-        command = [sys.executable, str(JOB), self.out, self.recipe, STEPS, self.devices, self.strategy, kill_at or ""]
+    def launch(self, cut_at: int | None = None, how: str = "kill") -> str:
+        """Train to the end, or until it is cut; return what was printed."""
+        cut = [cut_at, how] if cut_at is not None else []
+        command = [sys.executable, str(JOB), self.out, self.recipe, STEPS, self.devices, self.strategy, *cut]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}"}
         done = subprocess.run(
             list(map(str, command)), env=environment, capture_output=True, text=True, timeout=100, check=False
         )
-        assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stderr[-3000:]
+        assert done.returncode == (ENDS[how] if cut else 0), done.stderr[-3000:]
         return done.stdout + done.stderr
 
     def losses(self) -> list[dict[str, str]]:
@@ -54,12 +61,13 @@ class Job:
             found.append({line.rpartition(" ")[0]: line.rpartition(" ")[2] for line in lines})
         return found
 
+    def durable(self) -> int:
+        """Return the newest step that is whole on the disk."""
+        return max((step for step, found in steps(self.disk, "manifest.json").items() if found), default=0)
+
     def began_at(self) -> list[int]:
-        """Return the steps at which rank 0's launches began."""
-        seen = [line.split() for line in Path(f"{self.out}.0").read_text().splitlines()]
-        batches = [(int(step), int(batch)) for step, batch, _ in seen]
-        again = (now for before, now in zip(batches, batches[1:], strict=False) if now <= before)
-        return [step for step, _ in (batches[0], *again)]
+        """Return the steps at which the launches began."""
+        return [int(line) for line in Path(f"{self.out}.began").read_text().split()]
 
 
 def same(one: Job, other: Job) -> None:
@@ -70,21 +78,35 @@ def same(one: Job, other: Job) -> None:
     assert bits(weights[0]) == bits(weights[1])
 
 
-@pytest.mark.parametrize(("strategy", "kills"), [("auto", (7, 9)), ("ddp", (5, 9)), ("fsdp2", (5, 9))])
-def test_a_killed_training_goes_on_bit_for_bit(
-    tmp_path: Path, memory_dir: Path, strategy: str, kills: tuple[int, int]
+@pytest.mark.parametrize(
+    ("strategy", "cuts"),
+    [
+        ("auto", [(7, "kill", 6), (9, "kill", 8)]),
+        ("ddp", ALL),
+        ("fsdp2", KILLS),
+        pytest.param("auto", ALL, marks=pytest.mark.long),
+        pytest.param("ddp", KILLS, marks=pytest.mark.long),
+        pytest.param("fsdp2", ALL, marks=pytest.mark.long),
+    ],
+)
+def test_a_training_that_was_cut_goes_on_bit_for_bit(
+    tmp_path: Path, memory_dir: Path, strategy: str, cuts: list[tuple[int, str, int]]
 ) -> None:
-    plain, killed = (Job(tmp_path / name, memory_dir / name, strategy) for name in ("plain", "killed"))
+    plain, cut = (Job(tmp_path / name, memory_dir / name, strategy) for name in ("plain", "cut"))
     plain.launch()
-    for step in kills:
-        killed.launch(kill_at=step)
-    shutil.rmtree(killed.memory)
-    killed.launch()
-    assert killed.began_at() == [0, kills[0] - 1, 8]
-    same(killed, plain)
+    for step, how, newest in cuts:
+        cut.launch(step, how)
+        assert max(steps(cut.memory)) == newest
+        if how != "kill":
+            wait_until(lambda newest=newest: cut.durable() == newest, f"step {newest} is not brought to safety")
+    shutil.rmtree(cut.memory)
+    durable = cut.durable()
+    cut.launch()
+    assert cut.began_at() == [0, *(newest for _, _, newest in cuts[:-1]), durable]
+    same(cut, plain)
     shards = "*.distcp" if strategy == "fsdp2" else "__0_0.ckpt"
-    assert all(steps(killed.memory, shards).values())
-    events = "".join(path.read_text() for path in (killed.memory / "run-1" / "events").glob("rank-*.jsonl"))
+    assert all(steps(cut.memory, shards).values())
+    events = "".join(path.read_text() for path in (cut.memory / "run-1" / "events").glob("rank-*.jsonl"))
     assert re.search(r'"event": ?"Restored".*"disk"', events)
 
 
@@ -95,7 +117,7 @@ def test_another_number_of_ranks_goes_on_from_the_same_step(
     tmp_path: Path, memory_dir: Path, strategy: str, devices: int
 ) -> None:
     job = Job(tmp_path / "job", memory_dir, strategy)
-    job.launch(kill_at=5)
+    job.launch(5)
     job.devices = devices
     printed = job.launch()
     assert "step 4 restored from" in printed
