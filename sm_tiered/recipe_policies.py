@@ -11,7 +11,17 @@ from pydantic_core import PydanticCustomError
 
 from sm_tiered.errors import ConfigError, PolicyError
 from sm_tiered.policies.keep import AnyOfKeep, Best, KeepEveryNSteps, KeepPolicy, Latest, NewerThanSecs
-from sm_tiered.policies.save import AllOf, AnyOf, AtSteps, EveryNSteps, EverySecs, OnEnd, OnPreemption, SavePolicy
+from sm_tiered.policies.save import (
+    AllOf,
+    AnyOf,
+    AtSteps,
+    EveryNEpochs,
+    EveryNSteps,
+    EverySecs,
+    OnEnd,
+    OnPreemption,
+    SavePolicy,
+)
 from sm_tiered.recipe_fields import check_path, check_positive, closest, parse_size, shown
 from sm_tiered.recipe_yaml import FromEnvironment
 
@@ -131,11 +141,13 @@ class SaveSpec(_PolicySpec):
 
     bare = ("on_end", "on_preemption")
     example = (
-        "{every_n_steps: 10}, {every_secs: 600}, {at_steps: [1, 100]}, on_end, on_preemption, {any: […]}, {all: […]}"
+        "{every_n_steps: 10}, {every_n_epochs: 1}, {every_secs: 600}, {at_steps: [1, 100]}, on_end, on_preemption, "
+        "{any: […]}, {all: […]}"
     )
     hints = {"every": "Write every_n_steps: 10 or every_secs: 600."}
 
     every_n_steps: Whole | None = None
+    every_n_epochs: Whole | None = None
     every_secs: Number | None = None
     at_steps: list[Whole] | None = None
     on_end: Yes | None = None
@@ -156,6 +168,8 @@ class SaveSpec(_PolicySpec):
         """The policy that this stands for."""
         if self.every_n_steps is not None:
             return EveryNSteps(self.every_n_steps)
+        if self.every_n_epochs is not None:
+            return EveryNEpochs(self.every_n_epochs)
         if self.every_secs is not None:
             return EverySecs(self.every_secs)
         if self.at_steps is not None:

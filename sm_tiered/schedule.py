@@ -57,20 +57,30 @@ class Schedule:
     def _policies(self) -> list[SavePolicy]:
         return [tier.save for tier in self.settings.tiers if tier.save is not None]
 
-    def due(self, step: int, *, metrics: Mapping[str, float], ending: bool = False) -> Due:
+    def due(
+        self, step: int, *, metrics: Mapping[str, float], epochs_ended: int | None = None, ending: bool = False
+    ) -> Due:
         """Return the tiers that are due at *step*. Collective if any policy needs more than the step.
 
         Raises:
             PolicyError: a policy failed, or gave no bool.
         """
+        context = SaveContext(
+            step=step,
+            now=time.time(),
+            started_at=self.started_at,
+            epochs_ended=epochs_ended,
+            ending=ending,
+            metrics=metrics,
+        )
         if not self.needs:
-            return Due(tiers=self._ask(step, metrics, preempted=False, ending=ending))
+            return Due(tiers=self._ask(context))
         fresh = self.preemption.noticed and not self.preempted
         offer, failure = Offer(step=step, preempted=fresh), None
         if self.group.rank == 0:
             try:
-                calm = self._bits(self._ask(step, metrics, preempted=False, ending=ending))
-                hurried = self._bits(self._ask(step, metrics, preempted=True, ending=ending))
+                calm = self._bits(self._ask(context))
+                hurried = self._bits(self._ask(replace(context, preempted=True)))
                 offer = replace(offer, decided=calm, tiers=hurried)
             except PolicyError as error:
                 offer, failure = replace(offer, failed=True), error
@@ -91,23 +101,11 @@ class Schedule:
         """Say that *step* was restored: time policies count from now."""
         self.note_saved(step, [tier.name for tier in self.settings.tiers])
 
-    def _ask(self, step: int, metrics: Mapping[str, float], *, preempted: bool, ending: bool) -> frozenset[str]:
-        now, due = time.time(), set[str]()
+    def _ask(self, context: SaveContext) -> frozenset[str]:
+        due = set[str]()
         for tier in self.settings.tiers:
-            if tier.save is None:
-                continue
-            last_step, last_at = self._last.get(tier.name, (None, None))
-            context = SaveContext(
-                step=step,
-                now=now,
-                started_at=self.started_at,
-                last_saved_step=last_step,
-                last_saved_at=last_at,
-                preempted=preempted,
-                ending=ending,
-                metrics=metrics,
-            )
-            if ask(tier.save, context):
+            step, at = self._last.get(tier.name, (None, None))
+            if tier.save is not None and ask(tier.save, replace(context, last_saved_step=step, last_saved_at=at)):
                 due.add(tier.name)
         return frozenset(due)
 

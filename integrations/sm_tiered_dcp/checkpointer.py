@@ -128,11 +128,24 @@ class TieredCheckpointer:
             self._saver.prepare(state)
         return self.restored.step
 
-    def maybe_save(self, step: int, state: State, *, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
+    def maybe_save(
+        self,
+        step: int,
+        state: State,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        epochs_ended: int | None = None,
+    ) -> SaveHandle | None:
         """Save *state* to the tiers whose policy wants *step*; None when none does. Collective.
 
         Call it once a step, on every rank. Where it costs something to have the state, give a function that returns
         it: it is called only where something is due, and again by `finish`.
+
+        Args:
+            step: of the training, 0 <= step < 10**10.
+            state: see `save`.
+            metrics: by name; those that keep policies rank by must be among them, or none.
+            epochs_ended: where an epoch ends with this step, how many are over; the same on every rank.
 
         Raises:
             SaveError: see `save`; with ``on_error: raise`` also what an earlier save failed of.
@@ -140,7 +153,8 @@ class TieredCheckpointer:
         engine = self._open
         step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
         self._last = (step, state)
-        due = engine.schedule.due(step, metrics=found)
+        ended = layout.check_step(epochs_ended, name="epochs_ended") if epochs_ended is not None else None
+        due = engine.schedule.due(step, metrics=found, epochs_ended=ended)
         if due.preempted:
             engine.store.events.emit(Preempted(step=step))
         if not due.tiers:

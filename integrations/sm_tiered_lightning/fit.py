@@ -64,14 +64,14 @@ class Fit:
         step = self._trainer.global_step
         self._metrics.note_validation(step, decided=step == self._asked)
 
-    def _ask(self) -> None:
+    def _ask(self, epochs_ended: int | None) -> None:
         step, session = self._trainer.global_step, self._session
         self._report.look(step)
-        if step == self._asked:
+        if step == self._asked and epochs_ended is None:
             return
         self._asked = step
         metrics = self._metrics.at(step)
-        handle = session.maybe_save(step, partial(self._take, step, metrics), metrics)
+        handle = session.maybe_save(step, partial(self._take, step, metrics), metrics, epochs_ended)
         if handle is not None:
             self._paths.saved([tier for tier in handle.tiers if not left_out(handle, tier)])
             self._report.saved(handle)

@@ -18,9 +18,12 @@ __all__ = ["Moments"]
 
 
 class Moments:
-    """Calls *ask* on every rank after each batch that is not its epoch's last, and after each epoch."""
+    """Calls *ask* on every rank after each batch that is not its epoch's last, and after each epoch.
 
-    def __init__(self, trainer: Trainer, ask: Callable[[], None]) -> None:
+    It is given how many epochs are over then, and None within one.
+    """
+
+    def __init__(self, trainer: Trainer, ask: Callable[[int | None], None]) -> None:
         self._trainer, self._ask = trainer, ask
         self._overrides = Overrides()
 
@@ -28,7 +31,7 @@ class Moments:
         """Begin to call; `unbind` ends it."""
         self.unbind()
         fit_loop: Any = self._trainer.fit_loop
-        for loop, ask in ((fit_loop.epoch_loop, self._after_batch), (fit_loop, self._ask)):
+        for loop, ask in ((fit_loop.epoch_loop, self._after_batch), (fit_loop, self._after_epoch)):
             self._overrides.put(loop, "on_advance_end", _then(loop.on_advance_end, ask))
 
     def unbind(self) -> None:
@@ -38,7 +41,13 @@ class Moments:
     def _after_batch(self) -> None:
         # What follows an epoch's last batch, the epoch's end, belongs to its step.
         if not is_epochs_last_batch(self._trainer):
-            self._ask()
+            self._ask(None)
+
+    def _after_epoch(self) -> None:
+        # Lightning counts an epoch as over that `max_steps` or a stop cut short.
+        fit_loop: Any = self._trainer.fit_loop
+        ended = is_epochs_last_batch(self._trainer)
+        self._ask(fit_loop.epoch_progress.current.processed if ended else None)
 
 
 def is_epochs_last_batch(trainer: Trainer) -> bool:

@@ -50,9 +50,13 @@ class Session:
         self.asked = False
         """Whether anything was asked for, be it there or not."""
 
-    def maybe_save(self, step: int, take: Callable[[], Snapshot], metrics: Mapping[str, float]) -> SaveHandle | None:
+    def maybe_save(
+        self, step: int, take: Callable[[], Snapshot], metrics: Mapping[str, float], epochs_ended: int | None
+    ) -> SaveHandle | None:
         """Save what *take* returns where the policies want *step*; it is called only then. Collective."""
-        return self.checkpointer.maybe_save(step, lambda: self._state(take()), metrics=metrics)
+        return self.checkpointer.maybe_save(
+            step, lambda: self._state(take()), metrics=metrics, epochs_ended=epochs_ended
+        )
 
     def save(self, step: int, taken: Snapshot) -> SaveHandle:
         """Save *taken* to all tiers. Collective."""

@@ -44,6 +44,8 @@ class SaveContext:
     """When that was, by the same clock."""
     preempted: bool = False
     """Whether any rank was told to stop."""
+    epochs_ended: int | None = None
+    """How many epochs are over, where one ends with this step; None within one. Every rank's own trainer says so."""
     ending: bool = False
     """Whether training is over; every rank is told so by its own trainer."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])

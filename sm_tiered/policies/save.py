@@ -17,6 +17,7 @@ __all__ = [
     "AllOf",
     "AnyOf",
     "AtSteps",
+    "EveryNEpochs",
     "EveryNSteps",
     "EverySecs",
     "OnEnd",
@@ -78,6 +79,25 @@ class EveryNSteps(_Composable):
     def should_save(self, context: SaveContext) -> bool:
         """Whether the step is a multiple."""
         return context.step > 0 and context.step % self.n == 0
+
+
+@dataclass(frozen=True, slots=True)
+class EveryNEpochs(_Composable):
+    """Save where an epoch ends, if as many are over as a multiple of *n*."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        check_count("EveryNEpochs", self.n, hint="Leave the save policy out (or None) to turn the tier's saves off.")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing to exchange: every rank's trainer says so itself."""
+        return _STEP_ONLY
+
+    def should_save(self, context: SaveContext) -> bool:
+        """Whether such an epoch ends with the step."""
+        return bool(context.epochs_ended) and context.epochs_ended % self.n == 0
 
 
 @dataclass(frozen=True, slots=True)

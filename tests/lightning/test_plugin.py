@@ -138,6 +138,15 @@ def test_where_validation_follows_a_step_it_is_saved_after_it_with_its_metrics(
     assert all("val_loss" in path.read_text() for path in records)
 
 
+def test_it_saves_where_epochs_end(tmp_path: Path, memory_dir: Path) -> None:
+    which = recipe(tmp_path, memory_dir, memory={"save": {"every_n_epochs": 1}}, disk={"save": {"every_n_epochs": 2}})
+    fit(which, tmp_path, max_steps=40, limit_train_batches=8)
+    assert {32, 40} <= set(steps(memory_dir)) <= {8, 16, 24, 32, 40}
+    assert set(steps(tmp_path / "disk")) <= {16, 32}, "a busy drain may leave one out"
+    fit(which, tmp_path, max_steps=44, limit_train_batches=8)
+    assert max(steps(memory_dir)) == 40, "an epoch that is cut short is not over"
+
+
 def test_fit_validate_and_fit_on_one_trainer(which: dict[str, Any], tmp_path: Path, memory_dir: Path) -> None:
     made = fit(which, tmp_path, max_steps=2)
     assert made.validate(Model(), ckpt_path="tiered://latest")

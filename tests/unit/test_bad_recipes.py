@@ -356,6 +356,7 @@ IN_RECIPES = [
         "62 zero", "{every_n_steps: 0}", "tiers.t.save.every_n_steps", "at least 1, got 0", "Leave the save policy out"
     ),
     save("63 negative", "{every_n_steps: -5}", "at least 1, got -5"),
+    save("63 epochs", "{every_n_epochs: 0}", "tiers.t.save.every_n_epochs", "at least 1, got 0"),
     save("63 secs", "{every_secs: 0}", "tiers.t.save.every_secs", "above 0"),
     save("63 nan", "{every_secs: .nan}", "above 0 and finite"),
     save("63 no steps", "{at_steps: []}", "tiers.t.save.at_steps", "no steps"),
@@ -400,6 +401,7 @@ IN_PYTHON = [
     policy("63 float", "EveryNSteps", (2.5,), "must be an int, got float 2.5"),
     policy("63 text", "EveryNSteps", ("2",), "got str '2'", "Did you mean 2?"),
     policy("63 None", "EveryNSteps", (None,), "got None"),
+    policy("63 epochs", "EveryNEpochs", (0,), "EveryNEpochs: n must be at least 1, got 0", "None"),
     policy("63 secs zero", "EverySecs", (0,), "above 0"),
     policy("63 secs nan", "EverySecs", (float("nan"),), "finite"),
     policy("63 secs inf", "EverySecs", (float("inf"),), "finite"),

@@ -13,6 +13,7 @@ from sm_tiered.policies import (
     AllOf,
     AnyOf,
     AtSteps,
+    EveryNEpochs,
     EveryNSteps,
     EverySecs,
     Need,
@@ -75,6 +76,11 @@ def test_a_clock_that_went_back_counts_as_no_time() -> None:
     assert ask(EverySecs(0.001), context) is False
 
 
+@pytest.mark.parametrize(("over", "due"), [(None, False), (0, False), (1, False), (2, True), (3, False), (4, True)])
+def test_every_n_epochs_saves_where_such_an_epoch_ends(over: int | None, due: bool) -> None:
+    assert ask(EveryNEpochs(2), at(7, epochs_ended=over)) is due
+
+
 def test_every_secs_never_saves_step_0() -> None:
     assert ask(EverySecs(1), at(0, now=1e9)) is False
 
@@ -117,6 +123,7 @@ def test_what_is_no_policy_can_not_be_joined() -> None:
     [
         (EveryNSteps(2), set()),
         (AtSteps([2]), set()),
+        (EveryNEpochs(2), set()),
         (OnEnd(), set()),
         (EverySecs(2), {CLOCK}),
         (OnPreemption(), {SIGNAL}),

@@ -17,6 +17,7 @@ from sm_tiered.policies import (
     AnyOfKeep,
     AtSteps,
     Best,
+    EveryNEpochs,
     EveryNSteps,
     EverySecs,
     KeepEveryNSteps,
@@ -160,6 +161,7 @@ stream_timeout_secs: 5
     ("text", "policy"),
     [
         ("{every_n_steps: 10}", EveryNSteps(10)),
+        ("{every_n_epochs: 2}", EveryNEpochs(2)),
         ("{every_secs: 0.5}", EverySecs(0.5)),
         ("{at_steps: [100, 0]}", AtSteps([0, 100])),
         ("on_end", OnEnd()),
