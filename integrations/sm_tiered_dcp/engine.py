@@ -25,7 +25,7 @@ from sm_tiered_dcp.group import open_group
 
 __all__ = ["Engine", "Lease", "RecipeLike", "open_engine"]
 
-RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
+RecipeLike = Mapping[str, Any] | str | os.PathLike[str] | Recipe
 
 
 @dataclass(slots=True)

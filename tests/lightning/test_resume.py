@@ -10,13 +10,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 import torch
 
 from tests.distributed.dcp_jobs import bits, recipe, steps
 from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
 
 JOB = Path(__file__).with_name("job.py")
 ROOT = Path(__file__).parents[2]
@@ -31,16 +35,15 @@ ALL = [(2, "term", 3), (5, "kill", 4), (7, "raise", 6)]
 class Job:
     """One training, launch after launch."""
 
-    def __init__(self, root: Path, memory: Path, strategy: str) -> None:
+    def __init__(self, root: Path, memory: Path, strategy: str, s3: S3Client | None = None) -> None:
         self.out, self.disk, self.memory, self.strategy = root / "out", root / "disk", memory, strategy
+        self.s3 = s3
         self.devices = 1 if strategy == "auto" else 2
         self.recipe = root / "recipe.json"
         root.mkdir()
-        saves: dict[str, Any] = {
-            "memory": {"save": {"any": [{"every_n_steps": 2}, "on_preemption"]}},
-            "disk": {"save": {"any": [{"every_n_steps": 4}, "on_preemption"]}},
-        }
-        self.recipe.write_text(json.dumps(recipe(root, memory, **saves)))
+        near, far = ({"save": {"any": [{"every_n_steps": every}, "on_preemption"]}} for every in (2, 4))
+        durable = {"disk": far} if s3 is None else {"disk": None, "tiers": {"s3": {**self.bucket(s3), **far}}}
+        self.recipe.write_text(json.dumps(recipe(root, memory, memory=near, **durable)))
 
     def launch(self, cut_at: int | None = None, how: str = "kill") -> str:
         """Train to the end, or until it is cut; return what was printed."""
@@ -61,9 +64,27 @@ class Job:
             found.append({line.rpartition(" ")[0]: line.rpartition(" ")[2] for line in lines})
         return found
 
+    def bucket(self, s3: S3Client) -> dict[str, Any]:
+        """Make a bucket; return the tier in it."""
+        s3.create_bucket(Bucket=self.out.parent.name)
+        return {
+            "kind": "s3",
+            "uri": f"s3://{self.out.parent.name}/checkpoints",
+            "endpoint_url": s3.meta.endpoint_url,
+            "allow_http": True,
+            "region": "us-east-1",
+            "force_path_style": True,
+        }
+
     def durable(self) -> int:
-        """Return the newest step that is whole on the disk."""
-        return max((step for step, found in steps(self.disk, "manifest.json").items() if found), default=0)
+        """Return the newest step that is whole on the durable tier."""
+        if self.s3 is None:
+            keys = list(map(str, self.disk.rglob("*")))
+        else:
+            listed = self.s3.list_objects_v2(Bucket=self.out.parent.name)
+            keys = [found.get("Key", "") for found in listed.get("Contents", ())]
+        whole = (re.search(r"step_(\d+)-[^/]*/manifest\.json$", key) for key in keys)
+        return max((int(found[1]) for found in whole if found), default=0)
 
     def began_at(self) -> list[int]:
         """Return the steps at which the launches began."""
@@ -79,20 +100,23 @@ def same(one: Job, other: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "cuts"),
+    ("strategy", "cuts", "tier"),
     [
-        ("auto", [(7, "kill", 6), (9, "kill", 8)]),
-        ("ddp", ALL),
-        ("fsdp2", KILLS),
-        pytest.param("auto", ALL, marks=pytest.mark.long),
-        pytest.param("ddp", KILLS, marks=pytest.mark.long),
-        pytest.param("fsdp2", ALL, marks=pytest.mark.long),
+        ("auto", [(7, "kill", 6), (9, "kill", 8)], "s3"),
+        ("ddp", ALL, "disk"),
+        ("fsdp2", KILLS, "s3"),
+        pytest.param("auto", ALL, "disk", marks=pytest.mark.long),
+        pytest.param("ddp", KILLS, "s3", marks=pytest.mark.long),
+        pytest.param("ddp", ALL, "s3", marks=pytest.mark.long),
+        pytest.param("fsdp2", ALL, "s3", marks=pytest.mark.long),
     ],
 )
 def test_a_training_that_was_cut_goes_on_bit_for_bit(
-    tmp_path: Path, memory_dir: Path, strategy: str, cuts: list[tuple[int, str, int]]
+    tmp_path: Path, memory_dir: Path, s3_client: S3Client, strategy: str, cuts: list[tuple[int, str, int]], tier: str
 ) -> None:
-    plain, cut = (Job(tmp_path / name, memory_dir / name, strategy) for name in ("plain", "cut"))
+    s3 = s3_client if tier == "s3" else None
+    own = uuid4().hex[:8]  # names of buckets, too
+    plain, cut = (Job(tmp_path / f"{own}-{name}", memory_dir / name, strategy, s3) for name in ("plain", "cut"))
     plain.launch()
     for step, how, newest in cuts:
         cut.launch(step, how)
@@ -107,7 +131,7 @@ def test_a_training_that_was_cut_goes_on_bit_for_bit(
     shards = "*.distcp" if strategy == "fsdp2" else "__0_0.ckpt"
     assert all(steps(cut.memory, shards).values())
     events = "".join(path.read_text() for path in (cut.memory / "run-1" / "events").glob("rank-*.jsonl"))
-    assert re.search(r'"event": ?"Restored".*"disk"', events)
+    assert re.search(rf'"event": ?"Restored".*"{tier}"', events)
 
 
 @pytest.mark.long
