@@ -64,24 +64,33 @@ class TieredCheckpoint(Checkpoint):
         """See that this training can be served, and join the plugin or install one.
 
         Raises:
-            ConfigError: the strategy can't be served, or the plugin has another recipe.
+            ConfigError: the strategy can't be served, or the plugin has another recipe or is wrapped by another one.
             NamespaceInUseError: another launch trains in this namespace.
         """
         strategy: Any = trainer.strategy
         check_strategy(strategy)
+        io = self._io = self._joined(strategy)
+        io.attach(partial(shards, strategy), fits=stage == "fit")
+        serve(strategy, io)
+        # A namespace that is in use is heard of before the training starts.
+        if stage == "fit" and io.session.checkpointer.notices_sigterm:
+            self._sigterm = leave_sigterm_to_policies(trainer)
+
+    def _joined(self, strategy: Any) -> TieredCheckpointIO:
+        """Return the plugin of *strategy*, or install one."""
         io = strategy.checkpoint_io
+        if isinstance(getattr(io, "checkpoint_io", None), TieredCheckpointIO):
+            raise ConfigError(
+                f"{type(io).__name__} wraps the TieredCheckpointIO",
+                hint="Give that to the Trainer as it is: it saves in the background by itself.",
+            )
         if not isinstance(io, TieredCheckpointIO):
             io = strategy.checkpoint_io = TieredCheckpointIO(self.recipe, files=io)
         elif io.recipe != self.recipe:
             raise ConfigError(
                 "TieredCheckpoint and TieredCheckpointIO have different recipes", hint="Give both the same one."
             )
-        self._io = io
-        io.attach(partial(shards, strategy), fits=stage == "fit")
-        serve(strategy, io)
-        # A namespace that is in use is heard of before the training starts.
-        if stage == "fit" and io.session.checkpointer.notices_sigterm:
-            self._sigterm = leave_sigterm_to_policies(trainer)
+        return io
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up where the checkpoint that was loaded left off, and begin to ask the policies."""

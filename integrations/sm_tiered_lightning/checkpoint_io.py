@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class TieredCheckpointIO(CheckpointIO):
             self._save_to_tiers(checkpoint, wanted, str(path), whole=whole)
             return
         if not self._attached and whole:
-            self._check_every_rank_calls()
+            self._check_caller()
             self.session.save(_step_of(checkpoint), Snapshot(checkpoint=checkpoint))
         self._files.save_checkpoint(checkpoint, path)
 
@@ -100,14 +101,19 @@ class TieredCheckpointIO(CheckpointIO):
                 f"weights alone can't be saved as {path}: a training would go on from them without its optimizer",
                 hint="Save them under a path of the file system.",
             )
-        self._check_every_rank_calls()
+        self._check_caller()
         train = self._shards()
         if train is not None:
             checkpoint = {name: value for name, value in checkpoint.items() if name != "optimizer_states"}
             checkpoint["state_dict"] = {}
         self.session.save(step, Snapshot(checkpoint=checkpoint, train=train))
 
-    def _check_every_rank_calls(self) -> None:
+    def _check_caller(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise ConfigError(
+                "TieredCheckpointIO was called from a thread of its own, as by AsyncCheckpointIO",
+                hint="Give it to the Trainer as it is: it saves in the background by itself.",
+            )
         if not self._attached and _is_one_of_many():
             raise ConfigError(
                 "TieredCheckpointIO alone can't save for several processes: Lightning calls it on rank 0 only",

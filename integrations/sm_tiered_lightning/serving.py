@@ -45,7 +45,8 @@ def check_strategy(strategy: Strategy) -> None:
 def serve(strategy: Strategy, io: TieredCheckpointIO) -> None:
     """Bring saves and loads under ``tiered://`` to *io* on every rank; all others are the strategy's own.
 
-    Lightning calls the plugin on rank 0 alone for a save, and not at all where states are sharded.
+    Lightning calls the plugin on rank 0 alone for a save, and not at all where states are sharded. Other URLs are
+    refused there.
     """
     bound: Any = strategy
     if "save_checkpoint" in vars(strategy):
@@ -53,15 +54,26 @@ def serve(strategy: Strategy, io: TieredCheckpointIO) -> None:
     stock_save, stock_load = bound.save_checkpoint, bound.load_checkpoint
 
     def save(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        _check_path(strategy, filepath)
         chosen = stock_save if parse_uri(filepath) is None else io.save_checkpoint
         chosen(checkpoint, filepath, storage_options)
 
     def load(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        _check_path(strategy, checkpoint_path)
         if parse_uri(checkpoint_path) is None:
             return stock_load(checkpoint_path, weights_only)
         return io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     bound.save_checkpoint, bound.load_checkpoint = save, load
+
+
+def _check_path(strategy: Strategy, path: Any) -> None:
+    """Lightning (2.6) takes a URL for the name of a local directory where states are sharded: ``./s3:/bucket/…``."""
+    if isinstance(strategy, _SHARDED) and parse_uri(path) is None and "://" in str(path):
+        raise ConfigError(
+            f"{type(strategy).__name__} can't use {str(path)!r}: Lightning would make a local directory of that name",
+            hint="Name the store as a tier in the recipe, and use tiered://latest or tiered://step/<n>.",
+        )
 
 
 def shards(strategy: Strategy) -> TrainState | None:
