@@ -18,7 +18,8 @@ from sm_tiered.ledger import Ledger
 from sm_tiered.parts import PartSource
 from sm_tiered.promotions import Promotions
 from sm_tiered.records import CheckpointId, Record
-from sm_tiered.rescue import RESCUE_SECS, promote_newest
+from sm_tiered.rescue import RESCUE_SECS, lacking, promote_newest
+from sm_tiered.restore import Restored
 from sm_tiered.stager import Staged, Stager
 from sm_tiered.store import Store
 from sm_tiered.streaming import Streamer
@@ -304,6 +305,16 @@ class Saver:
         return frozenset({memory.name}) if memory else frozenset()
 
     # ---- the end
+
+    def promote_restored(self, restored: Restored, tiers: frozenset[str]) -> None:
+        """Bring what was restored to those of *tiers* that lack it. Every rank must call, for its own share."""
+        checkpoint, new = restored.checkpoint, lacking(restored, self._store, tiers)
+        handle = SaveHandle(step=checkpoint.step, nudge=self._promotions.nudge)
+        self._promotions.begin(checkpoint, new)
+        for tier in sorted(new):
+            self._ledger.track(handle, tier, self._promotions.state(checkpoint, tier))
+        if new:
+            self._worker.submit(lambda: self._promote_later(checkpoint, handle, new))
 
     def promote_newest(self) -> int | None:
         """After a failure: bring the newest step in memory to safety; see `rescue.promote_newest`. Not collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -32,7 +33,7 @@ class TieredCheckpointer:
         """Use `from_recipe`."""
         self._engine: Engine | None = engine
         self._saver = StateSaver.of(engine)
-        self._last: tuple[int, State] | None = None
+        self._last: tuple[int, State, Mapping[str, float]] | None = None
         self._last_handle: SaveHandle | None = None
         self.restored: Restored | None = None
         """What the last `restore` took: step, tier, seconds; None when nothing was ever saved."""
@@ -93,6 +94,7 @@ class TieredCheckpointer:
         *,
         per_rank: PerRankRule | None = None,
         without: Sequence[str] = (),
+        weights_only: bool = False,
     ) -> int | None:
         """Fill *state* in place from the newest complete, verified checkpoint, or from *step*; return its step.
 
@@ -107,6 +109,8 @@ class TieredCheckpointer:
                 saved rank whose ``per_rank`` values this rank takes, or None to leave its own.
             without: names of what was saved and is not wanted, with all below them, e.g. ``["train.optimizer"]`` where
                 the model is only evaluated.
+            weights_only: unpickle nothing that ``torch.load(weights_only=True)`` refuses, even where the recipe says
+                ``allow_pickle: true``.
 
         Raises:
             ConfigError: *step* or *without* can't be used.
@@ -118,7 +122,8 @@ class TieredCheckpointer:
         """
         engine = self._open
         wanted = layout.check_step(step) if step is not None else None
-        loader = StateLoader(state, engine.settings, engine.group, per_rank, without)
+        settings = replace(engine.settings, allow_pickle=engine.settings.allow_pickle and not weights_only)
+        loader = StateLoader(state, settings, engine.group, per_rank, without)
         with collector_paused():
             engine.saver.quiesce()
             self.restored = engine.store.restore(loader, step=wanted)
@@ -152,7 +157,7 @@ class TieredCheckpointer:
         """
         engine = self._open
         step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
-        self._last = (step, state)
+        self._last = (step, state, found)
         ended = layout.check_step(epochs_ended, name="epochs_ended") if epochs_ended is not None else None
         due = engine.schedule.due(step, metrics=found, epochs_ended=ended)
         if due.preempted:
@@ -183,9 +188,9 @@ class TieredCheckpointer:
             SaveError: with ``on_error: raise``, what an earlier save failed of.
         """
         named = tuple(sorted(self._saver.tiers(tiers)))
-        self._last = (layout.check_step(step), state)
-        found = check_metrics(metrics or {}, wanted=self._open.schedule.metrics)
-        return self._save(self._last[0], state, named, found, urgent=tiers is not None)
+        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=self._open.schedule.metrics)
+        self._last = (step, state, found)
+        return self._save(step, state, named, found, urgent=tiers is not None)
 
     def _save(
         self, step: int, state: State, tiers: tuple[str, ...], metrics: Mapping[str, float], *, urgent: bool
@@ -194,20 +199,30 @@ class TieredCheckpointer:
         self._open.schedule.note_saved(step, tiers)
         return handle
 
-    def finish(self) -> None:
+    def finish(self) -> SaveHandle | None:
         """End the training: save what ``on_end`` wants of the last step seen, and wait for the drain. Collective.
+
+        Where nothing was left to train after a `restore`, what was restored from memory is what ``on_end`` wants: an
+        earlier launch may have died before its last save. Returns the handle of what was saved.
 
         Raises:
             DeadlineExceededError: the drain took longer than ``drain_timeout_secs``; it goes on without us.
             SaveError: with ``on_error: raise``, what a save failed of.
         """
-        engine = self._open
-        if self._last is not None:
-            step, state = self._last
-            due = engine.schedule.due(step, metrics={}, ending=True)
-            if due.tiers:
-                self._save(step, state, tuple(sorted(due.tiers)), {}, urgent=True)
+        handle = self._save_at_end()
         self.wait()
+        return handle
+
+    def _save_at_end(self) -> SaveHandle | None:
+        engine = self._open
+        if self._last is None:
+            if self.restored is not None:
+                due = engine.schedule.due(self.restored.step, metrics={}, ending=True)
+                engine.saver.promote_restored(self.restored, due.tiers)
+            return None
+        step, state, metrics = self._last
+        due = engine.schedule.due(step, metrics=metrics, ending=True)
+        return self._save(step, state, tuple(sorted(due.tiers)), metrics, urgent=True) if due.tiers else None
 
     def promote_newest(self) -> int | None:
         """After a failure: bring the newest step that this process knows whole in memory to the durable tiers.

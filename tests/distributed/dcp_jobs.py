@@ -229,7 +229,7 @@ def recipe(folder: Path, memory: Path | None, /, **changes: Any) -> dict[str, An
     if disk is not None:
         tiers["disk"] = {"kind": "local", "path": str(folder / "disk"), "keep": {"latest": 3}, "fsync": False, **disk}
     tiers |= changes.pop("tiers", {})
-    limits = {"group_timeout_secs": 30, "drain_timeout_secs": 30, "in_use_wait_secs": 5, "stream_timeout_secs": 30}
+    limits = {"group_timeout_secs": 30, "drain_timeout_secs": 60, "in_use_wait_secs": 5, "stream_timeout_secs": 30}
     return {"version": 1, "namespace": NAMESPACE, **limits, "tiers": tiers, **changes}
 
 

@@ -97,6 +97,25 @@ def test_the_end_is_saved_once_at_a_normal_exit_and_never_after_an_exception(tmp
     assert committed(tmp_path) == [4, 6, 8]
 
 
+def test_where_nothing_is_left_to_do_the_end_that_was_not_saved_is_brought_to_safety(
+    tmp_path: Path, memory_dir: Path
+) -> None:
+    which = recipe(tmp_path, memory_dir, disk={"save": "on_end"})
+    checkpointer = TieredCheckpointer.from_recipe(which)
+    for step in (1, 2, 3):
+        handle = checkpointer.maybe_save(step, state(float(step)))
+        assert handle is not None
+        handle.wait("memory")
+    checkpointer.abandon()
+    assert not committed(tmp_path)
+    for _ in range(2):
+        with TieredCheckpointer.from_recipe(which) as checkpointer:
+            target = state()
+            assert checkpointer.restore(target) == 3
+            assert bits(target) == bits(state(3.0))
+        assert committed(tmp_path) == [3]
+
+
 def test_without_on_end_a_normal_exit_saves_nothing_more(tmp_path: Path, memory_dir: Path) -> None:
     which = recipe(tmp_path, memory_dir, memory={"save": {"every_n_steps": 2}}, disk={"save": {"every_n_steps": 2}})
     with TieredCheckpointer.from_recipe(which) as checkpointer:
