@@ -97,6 +97,7 @@ class TieredCheckpoint(Checkpoint):
         assert self._io is not None
         session = self._io.session
         if vars(trainer).get("fast_dev_run"):
+            session.own = None
             return
         memory = self.recipe.settings().memory
         self._fit = Fit(trainer, session, self._paths, Report(trainer, self, memory.name if memory else None))
@@ -107,16 +108,15 @@ class TieredCheckpoint(Checkpoint):
         if self._fit is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._fit.note_validation()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what waits for the end of the training, and wait for the drain."""
-        if self._fit is not None:
-            self._fit.finish()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Bring the newest step in memory to the durable tiers; a state that may be half updated is not captured."""
         if self._io is None:
             return
         self._io.fail()
+        if trainer.validating or trainer.sanity_checking:
+            # Lightning leaves the module as it was evaluated, and another training would go on with that.
+            loop: Any = trainer.fit_loop.epoch_loop
+            loop.val_loop._module_mode.restore(pl_module)
         fit, self._fit = self._fit, None
         try:
             if fit is not None and not fit.stopped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -127,13 +126,16 @@ class TieredCheckpointIO(CheckpointIO):
 
         Raises:
             ConfigError: an unknown form of ``tiered://``.
+            MismatchError: *weights_only* is True, and something in it is a pickle.
             CheckpointNotFoundError: there is no such step, or nothing at all to evaluate.
             TieredError: see `TieredCheckpointer.restore`.
         """
         wanted = parse_uri(path)
         if wanted is None:
-            return self._files.load_checkpoint(path, map_location, weights_only)
-        found = self.session.load(wanted, self._shards(), fits=self._fits)
+            # Without one, the default of whoever reads the file is meant, and that is the CPU.
+            at = {} if map_location is None else {"map_location": map_location}
+            return self._files.load_checkpoint(path, weights_only=weights_only, **at)
+        found = self.session.load(wanted, self._shards(), fits=self._fits, weights_only=weights_only is True)
         if not found and not self._fits:
             namespace = self.recipe.settings().namespace
             raise CheckpointNotFoundError(
@@ -143,8 +145,11 @@ class TieredCheckpointIO(CheckpointIO):
         return found
 
     def remove_checkpoint(self, path: PathLike) -> None:
-        """Remove the file at *path*, if there is one. What the tiers hold is left to the recipe's keep policies."""
-        if parse_uri(path) is None and os.path.lexists(path):
+        """Remove the file at *path*, which may be a URL, if there is one.
+
+        What the tiers hold is left to the recipe's keep policies.
+        """
+        if parse_uri(path) is None:
             self._files.remove_checkpoint(path)
 
     def teardown(self) -> None:
@@ -153,9 +158,19 @@ class TieredCheckpointIO(CheckpointIO):
         After an exception of the training nothing is waited for, and nothing else is raised.
         """
         session, self._session = self._session, None
-        if session is not None:
-            raised = sys.exc_info()[1]
-            session.close(abandon=self._failed or (raised is not None and raised is not self._handled))
+        if session is None:
+            return
+        raised = sys.exc_info()[1]
+        failed = self._failed or (raised is not None and raised is not self._handled)
+        try:
+            if self._fits and session.own is not None and not failed:
+                # Nothing was left to train on: what was restored is the end, and may not be saved as such yet.
+                session.checkpointer.finish()
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            session.close(abandon=failed)
 
 
 def _no_shards() -> None:

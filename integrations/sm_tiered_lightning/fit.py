@@ -8,14 +8,15 @@ from functools import partial
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sm_tiered.errors import TieredError
+from sm_tiered.errors import ConfigError, TieredError
+from sm_tiered.handle import SaveHandle
 from sm_tiered_lightning.lookahead import Lookahead
 from sm_tiered_lightning.metrics import Metrics
 from sm_tiered_lightning.moments import Moments, stop
 from sm_tiered_lightning.overrides import Overrides
 from sm_tiered_lightning.paths import Paths
 from sm_tiered_lightning.report import Report, left_out
-from sm_tiered_lightning.resume import reloaded_in, resume
+from sm_tiered_lightning.resume import loaders_made, resume
 from sm_tiered_lightning.serving import shards
 from sm_tiered_lightning.session import Session, Snapshot
 from sm_tiered_lightning.snapshot import snapshot
@@ -33,7 +34,7 @@ class Fit:
         self._metrics = Metrics(trainer, session.checkpointer.metrics)
         self.stopped = False
         """Whether a SIGTERM ends the training, and everything is saved."""
-        self._moments = Moments(trainer, self._ask)
+        self._moments = Moments(trainer, self._ask, self._finish)
         self._lookahead = Lookahead(trainer)
         self._asked = trainer.global_step
         self._resuming = Overrides()
@@ -43,7 +44,7 @@ class Fit:
         """Take up where the checkpoint that was loaded left off, and begin to ask the policies."""
         own, self._session.own = self._session.own, None
         if own is None:
-            self._warn_of_what_is_left_behind()
+            self._check_start()
         else:
             self._resuming = resume(self._trainer, own, rank=self._rank)
         self._moments.bind()
@@ -72,11 +73,14 @@ class Fit:
         self._asked = step
         metrics = self._metrics.at(step)
         handle = session.maybe_save(step, partial(self._take, step, metrics), metrics, epochs_ended)
+        self._note(handle)
+        if session.checkpointer.preempted:
+            self._stop()
+
+    def _note(self, handle: SaveHandle | None) -> None:
         if handle is not None:
             self._paths.saved([tier for tier in handle.tiers if not left_out(handle, tier)])
             self._report.saved(handle)
-        if session.checkpointer.preempted:
-            self._stop()
 
     def _take(self, step: int, metrics: Mapping[str, float]) -> Snapshot:
         self._paths.begin(step_uri(step), metrics)
@@ -85,7 +89,7 @@ class Fit:
             checkpoint=checkpoint,
             train=self._shards,
             rng_ahead=self._lookahead.correct(checkpoint),
-            reloaded_in=reloaded_in(self._trainer),
+            made=loaders_made(self._trainer),
         )
 
     def _stop(self) -> None:
@@ -94,10 +98,10 @@ class Fit:
         self._session.checkpointer.wait()
         stop(self._trainer)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Save what waits for the end of the training, and wait for the drain."""
         self._report.waiting()
-        self._session.checkpointer.finish()
+        self._note(self._session.checkpointer.finish())
         self._report.look(self._trainer.global_step)
 
     def rescue(self) -> None:
@@ -108,9 +112,21 @@ class Fit:
             # What the training raised is what counts; this must be heard of beside it.
             rank_zero_warn(f"sm_tiered: the newest step in memory is not brought to the durable tiers: {error}")
 
-    def _warn_of_what_is_left_behind(self) -> None:
-        """Lightning takes ``ckpt_path="last"`` for a fresh start where no `ModelCheckpoint` knows of a file."""
-        if self._trainer.global_step or self._session.asked or self._rank:
+    def _check_start(self) -> None:
+        """See that a training that begins with nothing restored is meant to.
+
+        Lightning takes ``ckpt_path="last"`` for a fresh start where no `ModelCheckpoint` knows of a file.
+
+        Raises:
+            ConfigError: nothing was ever saved, and the trainer has the state of another training.
+        """
+        step = self._trainer.global_step
+        if self._session.asked and step:
+            raise ConfigError(
+                f"nothing was ever saved to go on from, and this Trainer is at step {step} already",
+                hint="Begin with a new Trainer and a new model, or go on with ckpt_path=None.",
+            )
+        if step or self._session.asked or self._rank:
             return
         try:
             newest = self._session.checkpointer.latest()

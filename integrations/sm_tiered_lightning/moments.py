@@ -20,11 +20,12 @@ __all__ = ["Moments"]
 class Moments:
     """Calls *ask* on every rank after each batch that is not its epoch's last, and after each epoch.
 
-    It is given how many epochs are over then, and None within one.
+    It is given how many epochs are over then, and None within one. *end* is called when the training is over, before
+    callbacks hear of it: some put other weights into the model then.
     """
 
-    def __init__(self, trainer: Trainer, ask: Callable[[int | None], None]) -> None:
-        self._trainer, self._ask = trainer, ask
+    def __init__(self, trainer: Trainer, ask: Callable[[int | None], None], end: Callable[[], None]) -> None:
+        self._trainer, self._ask, self._end = trainer, ask, end
         self._overrides = Overrides()
 
     def bind(self) -> None:
@@ -33,6 +34,13 @@ class Moments:
         fit_loop: Any = self._trainer.fit_loop
         for loop, ask in ((fit_loop.epoch_loop, self._after_batch), (fit_loop, self._after_epoch)):
             self._overrides.put(loop, "on_advance_end", _then(loop.on_advance_end, ask))
+        over: Callable[[], None] = fit_loop.on_run_end
+
+        def end() -> None:
+            self._end()
+            over()
+
+        self._overrides.put(fit_loop, "on_run_end", end)
 
     def unbind(self) -> None:
         """Give the loops back; can be called many times."""

@@ -17,7 +17,7 @@ def own_state(
     *,
     rank: int,
     rng_ahead: dict[str, Any] | None = None,
-    reloaded_in: tuple[float, float] | None = None,
+    made: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what belongs to this rank alone: the random generators now, and out of its own *checkpoint* the rest.
 
@@ -25,13 +25,13 @@ def own_state(
         checkpoint: as this rank dumped it.
         rank: this rank.
         rng_ahead: the generators before the fetch of a batch that is not yet trained on; see `Lookahead`.
-        reloaded_in: the epochs in which the loaders of the training and of its validation were made, where known.
+        made: of the dataloaders, where that is known; see `loaders_made`.
     """
     return {
         "rank": rank,
         "rng": RngState().state_dict(),
         "rng_ahead": rng_ahead,
-        "reloaded_in": reloaded_in,
+        "made": made,
         "loaders": _fit_loop(checkpoint).get(_LOADERS),
         "callbacks": checkpoint.get("callbacks"),
     }

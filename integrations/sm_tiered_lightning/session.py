@@ -35,7 +35,7 @@ class Snapshot:
     train: TrainState | None = None
     """Model and optimizers where they are sharded, each rank's share of them; not in the checkpoint then."""
     rng_ahead: dict[str, Any] | None = None
-    reloaded_in: tuple[float, float] | None = None
+    made: dict[str, Any] | None = None
     """These two: see `own_state`."""
 
 
@@ -62,13 +62,16 @@ class Session:
         """Save *taken* to all tiers. Collective."""
         return self.checkpointer.save(step, self._state(taken))
 
-    def load(self, wanted: Wanted, train: TrainState | None = None, *, fits: bool) -> dict[str, Any]:
+    def load(
+        self, wanted: Wanted, train: TrainState | None = None, *, fits: bool, weights_only: bool
+    ) -> dict[str, Any]:
         """Return the checkpoint that is *wanted*, the same on every rank but for what is each rank's. Collective.
 
         Args:
             wanted: which one.
             train: where they are sharded, model and optimizers, to be filled.
             fits: whether it is trained on; else optimizers are left alone.
+            weights_only: whether nothing is unpickled, whatever the recipe says.
 
         Raises: see `TieredCheckpointer.restore`.
         """
@@ -78,7 +81,9 @@ class Session:
         if train is not None:
             state["train"] = train
         without = () if fits or train is None else (_OPTIMIZERS,)
-        found = self.checkpointer.restore(state, wanted.step, per_rank=taken_from, without=without)
+        found = self.checkpointer.restore(
+            state, wanted.step, per_rank=taken_from, without=without, weights_only=weights_only
+        )
         restored = self.checkpointer.restored
         if found is None or restored is None:
             rank_zero_info("sm_tiered: nothing was ever saved in this namespace")
@@ -102,7 +107,7 @@ class Session:
             taken.checkpoint,
             rank=self.checkpointer.rank,
             rng_ahead=taken.rng_ahead,
-            reloaded_in=taken.reloaded_in,
+            made=taken.made,
         )
         # A tuple is one value, whatever tensors stand in it.
         state = {"checkpoint": Archive(taken.checkpoint), "per_rank": {"lightning": (own,)}}

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from sm_tiered.errors import ConfigError, TieredError
+from sm_tiered.errors import ConfigError, MismatchError, TieredError
 from sm_tiered_lightning import TieredCheckpoint, TieredCheckpointIO, tiered
 from sm_tiered_lightning.serving import serve
 from tests.distributed.dcp_jobs import recipe, steps
@@ -90,6 +91,49 @@ def test_a_save_that_failed_in_the_background_is_heard_of_once(tmp_path: Path, m
     away.rename(disk)
     made.fit(model, ckpt_path="tiered://latest")
     assert made.global_step == 14
+
+
+@pytest.mark.parametrize("callback", [True, False])
+def test_a_file_from_a_gpu_is_read_where_there_is_none(
+    which: dict[str, Any], tmp_path: Path, callback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cuda.ckpt"
+    ours: Any = tiered(which) if callback else {"plugins": [TieredCheckpointIO(which)]}
+    stock = trainer_of(None, tmp_path, max_steps=2)
+    stock.fit(Model())
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+        stock.save_checkpoint(path)
+    made = Trainer(**ours, max_steps=3, default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    made.fit(Model(), ckpt_path=path)
+    assert made.global_step == 3
+
+
+def test_files_behind_a_url_are_removed(which: dict[str, Any], tmp_path: Path) -> None:
+    stock = ModelCheckpoint(dirpath="memory://test-traps", every_n_train_steps=2, save_top_k=1)
+    fit(which, Model(), tmp_path, stock, max_steps=6)
+    assert [Path(found).name for found in fsspec.filesystem("memory").ls("/test-traps", detail=False)] == [
+        "epoch=0-step=6.ckpt"
+    ]
+
+
+class Own:
+    """An object that only a pickle can store."""
+
+
+class Keeps(Callback):
+    """Puts it into every checkpoint."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["own"] = Own()
+
+
+def test_weights_only_wins_over_what_the_recipe_allows(which: dict[str, Any], tmp_path: Path) -> None:
+    which = {**which, "allow_pickle": True}
+    made = fit(which, Model(), tmp_path, Keeps(), max_steps=2)
+    assert made.validate(Model(), ckpt_path="tiered://latest")
+    with pytest.raises(MismatchError, match="allow_pickle"):
+        made.validate(Model(), ckpt_path="tiered://latest", weights_only=True)
 
 
 def test_two_trainers_in_one_process_keep_apart(tmp_path: Path, memory_dir: Path) -> None:
