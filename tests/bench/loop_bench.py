@@ -11,7 +11,7 @@ from save_bench import opened
 from states import gpt_state
 from timing import secs_of
 
-__all__ = ["loop"]
+__all__ = ["loop", "training_step"]
 
 _STEP_SECS = 0.05
 _ALONE_STEPS = 30
@@ -21,7 +21,7 @@ def loop(path: str, s3: str, tensors: int, size: int, runs: int) -> dict[str, An
     """Train alone, then while a checkpoint drains; return the mean step of each round of both."""
     state = gpt_state(tensors, size)
     checkpointer = opened(path, state, s3)
-    step = _training_step()
+    step = training_step()
     checkpointer.save(0, state).wait("s3", timeout=120)  # the drainer is there from now on
     alone: list[float] = []
     beside: list[float] = []
@@ -37,7 +37,7 @@ def loop(path: str, s3: str, tensors: int, size: int, runs: int) -> dict[str, An
     return {"alone": alone, "beside": beside}
 
 
-def _training_step() -> Any:
+def training_step() -> Any:
     """Return a step of about 50 ms on one thread: matrix products, as training is."""
     weights = torch.randn(512, 512)
     repeats = 1

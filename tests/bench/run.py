@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from timing import MIB
 
 _console = Console(stderr=True, highlight=False)
 _FEW, _MANY = 400, 4800
+_LIGHTNING = {"torch": "TorchCheckpointIO on a disk", "async": "AsyncCheckpointIO on a disk", "ours": "ours"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +176,43 @@ def loop(scale: Scale) -> list[Row]:
     ]
 
 
+def lightning(scale: Scale) -> list[Row]:
+    """What a Lightning training waits for, with its own plugins on a disk and with ours."""
+    rows: list[Row] = []
+    for world in (1, 2):
+        what = f"Lightning, {'DDP 2' if world > 1 else 'single device'}"
+        blocked: dict[str, float] = {}
+        for kind, name in _LIGHTNING.items():
+            runs = scale.runs if kind == "ours" else scale.rival_runs
+            settings = {"kind": kind, "tensors": _FEW, "size": scale.size, "runs": runs}
+            found = _in_memory("lightning_bench.saves", world=world, **settings)
+            rows += _lightning_rows(f"{what}, {name}", kind, found)
+            blocked[kind] = statistics.median(found["blocked"])
+        for kind, times in (("torch", 5), ("async", 3)):
+            less, must = blocked[kind] / blocked["ours"], _goal(times, f"≥ {times}")
+            figure = f"{what}: blocked by {_LIGHTNING[kind]}, against ours"
+            rows.append(Row(figure=figure, value=f"{less:.1f}", measured=less, must=must, at_least=True))
+    return rows
+
+
+def _lightning_rows(figure: str, kind: str, found: dict[str, Any]) -> list[Row]:
+    copied, dump, alone, beside = (statistics.median(found[name]) for name in ("copy", "dump", "alone", "beside"))
+    slower, peak = beside / alone, found["peak_bytes"] / MIB
+    blocked = _timed(f"{figure}: blocked", found, "blocked")
+    steps = Row(figure=f"{figure}: steps after a save, against before", value=f"{slower:.2f}", measured=slower)
+    memory = Row(figure=f"{figure}: private memory, peak", value=f"{peak:.0f} MiB", measured=peak)
+    if kind != "ours":
+        return [blocked, steps, memory]
+    # Lightning's own dump is part of what blocks, and not the plugin's.
+    bound = 1000 * (1.3 * copied + 30e-6 * _FEW + dump)
+    return [
+        replace(blocked, must=_goal(bound, "≤ 1.3× + 30 µs a tensor + dump")),
+        Row(figure=f"{figure}: of that, Lightning's dump_checkpoint", value=_ms(dump), measured=dump),
+        steps,
+        replace(memory, must=_goal(64, "≤ 64 MiB")),
+    ]
+
+
 def rivals(scale: Scale) -> list[Row]:
     """Torch's own ways with the same state."""
     rows: list[Row] = []
@@ -235,7 +273,8 @@ def _ms(secs: float) -> str:
 
 
 _SECTIONS: dict[str, Callable[[Scale], list[Row]]] = {
-    function.__name__: function for function in (save, first, state_dict, memory, restore, drain, loop, rivals)
+    function.__name__: function
+    for function in (save, first, state_dict, memory, restore, drain, loop, rivals, lightning)
 }
 
 

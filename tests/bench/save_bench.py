@@ -13,9 +13,9 @@ import torch.distributed.checkpoint  # what every job that uses DCP has loaded i
 from states import gpt_state, state_bytes
 from timing import Peak, Yardstick, anonymous_bytes, secs_of, together
 
-__all__ = ["first", "memory", "opened", "recipe", "state_dict", "steady"]
+__all__ = ["WARM_SECS", "first", "memory", "opened", "recipe", "slowest", "state_dict", "steady"]
 
-_WARM_SECS = 120.0
+WARM_SECS = 120.0
 _STEP_SECS = 0.25
 """A training step between two saves, in which what is left of the first one's work is done."""
 
@@ -43,7 +43,7 @@ def opened(path: str, state: dict[str, Any], s3: str | None = None) -> Any:
     checkpointer = TieredCheckpointer.from_recipe(recipe(path, s3))
     checkpointer.prepare(state)
     store: Any = checkpointer._open.store
-    assert store.arena.wait(_WARM_SECS)
+    assert store.arena.wait(WARM_SECS)
     return checkpointer
 
 
@@ -64,8 +64,8 @@ def steady(path: str, tensors: int, size: int, runs: int) -> dict[str, Any]:
         time.sleep(_STEP_SECS)
     stored = _stored_bytes(path)
     checkpointer.close()
-    slowest = {name: _slowest(times[2:]) for name, times in samples.items() if times}
-    return {**slowest, "stored_bytes": stored, "state_bytes": _sum(state_bytes(state))}
+    found = {name: slowest(times[2:]) for name, times in samples.items() if times}
+    return {**found, "stored_bytes": stored, "state_bytes": _sum(state_bytes(state))}
 
 
 def first(path: str, tensors: int, size: int) -> dict[str, Any]:
@@ -117,7 +117,8 @@ def _stored_bytes(path: str) -> int:
     return sum(file.stat().st_size for file in newest.iterdir())
 
 
-def _slowest(times: list[float]) -> list[float]:
+def slowest(times: list[float]) -> list[float]:
+    """Return for each of *times* the longest of all ranks."""
     if not dist.is_initialized():
         return times
     found = torch.tensor(times, dtype=torch.float64)

@@ -19,21 +19,22 @@ _PER_BLOCK = 12
 _NOISE = 1 << 20
 
 
-def gpt_state(tensors: int, size: int, *, fill: float | None = None) -> dict[str, Any]:
+def gpt_state(tensors: int, size: int, *, fill: float | None = None, whole: bool = False) -> dict[str, Any]:
     """Return a state of *tensors* tensors and about *size* bytes over all ranks, each byte in RAM.
 
-    With several ranks each holds its rows of every tensor, as FSDP2 shards them. Numbers are the same at each call,
-    or all *fill*.
+    With several ranks each holds its rows of every tensor, as FSDP2 shards them, or all of it, *whole*, as with DDP.
+    Numbers are the same at each call, or all *fill*.
     """
+    world = 1 if whole else _world()
     shapes = _shapes(tensors // _PER_PARAM, size // (3 * torch.float32.itemsize))
     noise, count = torch.randn(_NOISE, generator=torch.Generator().manual_seed(1729 + _rank())), itertools.count()
 
     def tensor(shape: tuple[int, ...]) -> torch.Tensor:
-        made = torch.empty(shape[0] // _world(), *shape[1:])
+        made = torch.empty(shape[0] // world, *shape[1:])
         for piece in made.view(-1).split(_NOISE):
             # No two pieces are alike; to draw a GiB of numbers would take longer than to measure.
             piece.fill_(fill) if fill is not None else torch.add(noise[: len(piece)], next(count), out=piece)
-        return made if _world() == 1 else _sharded(made)
+        return made if world == 1 else _sharded(made)
 
     step = 0.0 if fill is None else fill
     return {
