@@ -36,17 +36,25 @@ class Report:
         """Tell the loggers of *trainer*; *memory* is the memory tier's name."""
         self._trainer, self._callback, self._memory = trainer, checkpoint_callback, memory
         self._open: list[tuple[SaveHandle, str]] = []
+        self._newest: SaveHandle | None = None
+        self._followed = set[str]()
+        """Tiers of the newest save that are looked after."""
         self._durable_step: int | None = None
 
     def saved(self, handle: SaveHandle) -> None:
-        """Tell of a save that was just made."""
+        """Tell of a save that was just made; one that was told of may have come to more tiers since."""
         if not self._trainer.is_global_zero:
             return
-        found: dict[str, float] = {"blocked_secs": handle.blocked_secs, "saved_bytes": float(handle.saved_bytes)}
-        if self._memory in handle.tiers and not left_out(handle, self._memory):
-            found["memory_step"] = float(handle.step)
-        self._open += [(handle, tier) for tier in handle.tiers if tier != self._memory]
-        self._log(found)
+        if handle is not self._newest:
+            self._newest = handle
+            found: dict[str, float] = {"blocked_secs": handle.blocked_secs, "saved_bytes": float(handle.saved_bytes)}
+            if self._memory in handle.tiers and not left_out(handle, self._memory):
+                found["memory_step"] = float(handle.step)
+            self._followed.clear()
+            self._log(found)
+        new = {*handle.tiers} - {self._memory} - self._followed
+        self._followed |= new
+        self._open += [(handle, tier) for tier in handle.tiers if tier in new]
 
     def look(self, step: int) -> None:
         """Tell of what has become durable since; *step* is where the training is."""

@@ -17,17 +17,6 @@ from tests.distributed.dcp_jobs import recipe, steps
 from tests.lightning.test_plugin import Model, fit, trainer
 from tests.waiting import wait_until
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
-
-@pytest.fixture
-def which(tmp_path: Path, memory_dir: Path) -> dict[str, Any]:
-    return recipe(tmp_path, memory_dir, memory={"save": {"every_n_steps": 2}}, disk={"save": {"every_n_steps": 4}})
-
 
 def test_beside_the_callback_files_are_files_and_the_policies_decide_about_tiers(
     tmp_path: Path, memory_dir: Path

@@ -15,12 +15,6 @@ from torch import nn
 from sm_tiered_lightning import TieredCheckpoint, TieredCheckpointIO
 from tests.distributed.dcp_jobs import recipe, steps
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 class Model(LightningModule):
     """One layer."""

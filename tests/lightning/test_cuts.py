@@ -17,13 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from sm_tiered_lightning import tiered
-from tests.distributed.dcp_jobs import bits, recipe
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+from tests.distributed.dcp_jobs import bits
 
 
 class Stream(IterableDataset[torch.Tensor]):
@@ -104,11 +98,6 @@ class Model(LightningModule):
         return torch.utils.data.DataLoader(samples, batch_size=2)
 
 
-@pytest.fixture
-def which(tmp_path: Path, memory_dir: Path) -> dict[str, Any]:
-    return recipe(tmp_path, memory_dir, memory={"save": {"every_n_steps": 1}}, disk={"save": None})
-
-
 def trainer_of(which: dict[str, Any] | None, root: Path, *callbacks: Callback, **options: Any) -> Trainer:
     ours: dict[str, Any] = tiered(which) if which is not None else {"enable_checkpointing": False}
     ours["callbacks"] = [*ours.get("callbacks", []), *callbacks]
@@ -157,7 +146,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("cut", [4, 10, 13, *(pytest.param(cut, marks=pytest.mark.long) for cut in (6, 11))])
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_that_was_cut_goes_on_as_if_it_never_was(
-    which: dict[str, Any], tmp_path: Path, case: str, cut: int
+    each_step: dict[str, Any], tmp_path: Path, case: str, cut: int
 ) -> None:
     made, options = CASES[case]
     plain, first, second = Model(**made), Model(**made, fails_at=cut), Model(**made)
@@ -165,8 +154,8 @@ def test_a_training_that_was_cut_goes_on_as_if_it_never_was(
     if max(step for step, *_ in plain.losses) <= cut:
         pytest.skip("accumulation makes few steps of the epochs")
     with pytest.raises(ZeroDivisionError):
-        fit(which, first, tmp_path, **options)
-    fit(which, second, tmp_path, **options)
+        fit(each_step, first, tmp_path, **options)
+    fit(each_step, second, tmp_path, **options)
     assert min(step for step, *_ in second.losses) == cut
     assert first.losses | second.losses == plain.losses
     assert bits(second.state_dict()) == bits(plain.state_dict())

@@ -20,17 +20,6 @@ from tests.lightning.test_cuts import Model, fit, trainer_of
 from tests.unit.children import in_child
 from tests.waiting import wait_until
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
-
-@pytest.fixture
-def which(tmp_path: Path, memory_dir: Path) -> dict[str, Any]:
-    return recipe(tmp_path, memory_dir, memory={"save": {"every_n_steps": 1}}, disk={"save": None})
-
 
 class StopAt(Callback):
     """Ends the training early, at the end of a batch."""
@@ -75,7 +64,7 @@ def test_a_sigterm_saves_at_the_end_of_the_step_and_ends_the_training(tmp_path: 
 
 
 def test_nothing_of_ours_hides_what_the_training_raised(
-    which: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    each_step: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError("no space left")
@@ -85,7 +74,7 @@ def test_nothing_of_ours_hides_what_the_training_raised(
         pytest.warns(UserWarning, match="not brought to the durable tiers: no space left"),
         pytest.raises(ZeroDivisionError),
     ):
-        fit(which, Model(fails_at=3), tmp_path)
+        fit(each_step, Model(fails_at=3), tmp_path)
 
 
 def test_after_a_training_a_sigterm_is_what_it_was_before(tmp_path: Path, memory_dir: Path) -> None:
@@ -101,13 +90,13 @@ def test_after_a_training_a_sigterm_is_what_it_was_before(tmp_path: Path, memory
 
 @pytest.mark.parametrize(("loader", "fails_at"), [("shuffled", 7), ("stream", 7), ("shuffled", -6)])
 def test_a_trainer_whose_training_has_failed_trains_again(
-    which: dict[str, Any], tmp_path: Path, loader: str, fails_at: int
+    each_step: dict[str, Any], tmp_path: Path, loader: str, fails_at: int
 ) -> None:
     plain, model = Model(loader=loader), Model(loader=loader, fails_at=fails_at)
     validating = {"val_check_interval": 3} if fails_at < 0 else {}
     fit(None, plain, tmp_path, **validating)
     torch.manual_seed(0)
-    trainer = trainer_of(which, tmp_path, **validating)
+    trainer = trainer_of(each_step, tmp_path, **validating)
     with pytest.raises(ZeroDivisionError):
         trainer.fit(model, ckpt_path="tiered://latest")
     model.fails_at = -99
@@ -126,13 +115,13 @@ def test_a_trainer_that_has_failed_before_anything_was_saved_does_not_go_on(tmp_
         trainer.fit(model, ckpt_path="tiered://latest")
 
 
-def test_how_much_is_accumulated_in_an_epoch_is_known_inside_it(which: dict[str, Any], tmp_path: Path) -> None:
+def test_how_much_is_accumulated_in_an_epoch_is_known_inside_it(each_step: dict[str, Any], tmp_path: Path) -> None:
     plain, first, second = Model(), Model(fails_at=4), Model()
     accumulate = partial(GradientAccumulationScheduler, {0: 2, 1: 5})
     fit(None, plain, tmp_path, accumulate(), max_steps=8)
     with pytest.raises(ZeroDivisionError):
-        fit(which, first, tmp_path, accumulate(), max_steps=8)
-    fit(which, second, tmp_path, accumulate(), max_steps=8)
+        fit(each_step, first, tmp_path, accumulate(), max_steps=8)
+    fit(each_step, second, tmp_path, accumulate(), max_steps=8)
     assert first.losses | second.losses == plain.losses
     assert bits(second.state_dict()) == bits(plain.state_dict())
 
@@ -188,10 +177,10 @@ def test_a_validation_that_can_rank_nothing_is_warned_of(tmp_path: Path, memory_
 
 
 def test_after_an_exception_the_newest_step_in_memory_is_brought_to_safety(
-    which: dict[str, Any], tmp_path: Path, memory_dir: Path
+    each_step: dict[str, Any], tmp_path: Path, memory_dir: Path
 ) -> None:
     with pytest.raises(ZeroDivisionError):
-        fit(which, Model(fails_at=7), tmp_path)
+        fit(each_step, Model(fails_at=7), tmp_path)
     assert max(steps(memory_dir)) == 7
     wait_until(lambda: list((tmp_path / "disk").rglob("manifest.json")), "step 7 is not brought to the disk")
     assert set(steps(tmp_path / "disk")) == {7}

@@ -17,12 +17,6 @@ from sm_tiered_lightning import TieredCheckpoint, TieredCheckpointIO
 from sm_tiered_lightning.uri import parse_uri, step_uri
 from tests.distributed.dcp_jobs import recipe, steps
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 def loader(count: int) -> Any:
     samples: Any = torch.rand(count, 3)
@@ -58,11 +52,6 @@ def trainer(root: Path, **options: Any) -> Trainer:
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     given = {"accelerator": "cpu", "devices": 1, "default_root_dir": root, "num_sanity_val_steps": 0, **quiet}
     return Trainer(**{**given, **options})
-
-
-@pytest.fixture
-def which(tmp_path: Path, memory_dir: Path) -> dict[str, Any]:
-    return recipe(tmp_path, memory_dir, memory={"save": {"every_n_steps": 2}}, disk={"save": {"every_n_steps": 4}})
 
 
 def fit(

@@ -29,8 +29,6 @@ from sm_tiered_lightning import TieredCheckpoint, TieredCheckpointIO
 from tests.distributed.dcp_jobs import bits, recipe, steps
 from tests.lightning.test_plugin import trainer
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Deprecation", "Future")]
-
 
 class Model(LightningModule):
     """Has hyper-parameters, one optimizer or *two*, hooks, and a score for each epoch."""

@@ -20,17 +20,6 @@ from sm_tiered_lightning.serving import serve
 from tests.distributed.dcp_jobs import recipe, steps
 from tests.lightning.test_cuts import Model, fit, trainer_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
-
-@pytest.fixture
-def which(tmp_path: Path, memory_dir: Path) -> dict[str, Any]:
-    return recipe(tmp_path, memory_dir, memory={"save": {"every_n_steps": 2}}, disk={"save": {"every_n_steps": 4}})
-
 
 def test_a_url_makes_no_local_directory_where_states_are_sharded(
     which: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
