@@ -36,10 +36,11 @@ class Composer:
         """Whatever is left is made at once: the training has ended."""
         self._next_at = 0.0
 
-    def compose(self, checkpoint: CheckpointId, *, at_once: bool) -> bool:
+    def compose(self, checkpoint: CheckpointId, *, at_once: bool, acknowledged: bool = False) -> bool:
         """Make those of *checkpoint*; False when that must wait. To be called from the worker, again and again.
 
-        Where time allows only some, the newest has them; *at_once*: the drainer waits for them.
+        Where time allows only some, the newest has them; *at_once*: the drainer waits for them. *acknowledged*: it is
+        known to be whole, though this job did not save it.
         """
         store, memory, begun = self._store, self._store.tiers.memory, time.monotonic()
         if self._newest is None or checkpoint > self._newest:
@@ -49,7 +50,7 @@ class Composer:
             return True
         if begun < self._next_at and not at_once:
             return False
-        if not self._acks.complete(checkpoint):
+        if not (acknowledged or self._acks.complete(checkpoint)):
             return False
         try:
             records = read_records(memory, checkpoint)

@@ -313,8 +313,11 @@ class Saver:
         self._promotions.begin(checkpoint, new)
         for tier in sorted(new):
             self._ledger.track(handle, tier, self._promotions.state(checkpoint, tier))
-        if new:
-            self._worker.submit(lambda: self._promote_later(checkpoint, handle, new))
+        if not new:
+            return
+        self._worker.submit(lambda: self._promote_later(checkpoint, handle, new))
+        if self._composer.needed:
+            self._worker.poll(lambda: self._composer.compose(checkpoint, at_once=True, acknowledged=True))
 
     def promote_newest(self) -> int | None:
         """After a failure: bring the newest step in memory to safety; see `rescue.promote_newest`. Not collective."""

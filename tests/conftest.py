@@ -126,8 +126,17 @@ def s3_settings(make_s3_settings: Callable[..., S3Settings]) -> S3Settings:
     return make_s3_settings()
 
 
+@pytest.fixture(scope="session")
+def late_directories() -> Iterator[list[Path]]:
+    """Directories to remove once more at the end: a drainer that outlives its test may write its last word into one."""
+    found: list[Path] = []
+    yield found
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @pytest.fixture
-def memory_dir(tmp_path: Path) -> Iterator[Path]:
+def memory_dir(tmp_path: Path, late_directories: list[Path]) -> Iterator[Path]:
     """A directory of mode 0700 on /dev/shm (elsewhere where there is none), removed afterwards."""
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
@@ -137,6 +146,7 @@ def memory_dir(tmp_path: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        late_directories.append(path)
 
 
 @pytest.fixture

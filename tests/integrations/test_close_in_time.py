@@ -79,10 +79,11 @@ def test_a_close_waits_for_the_drain_no_longer_than_the_recipe_says(which: dict[
     assert drainer_pid(memory) is not None, "the drain goes on without us"
     checkpointer.close()
     # Everything was let go of all the same: the namespace is free for the next launch.
-    with TieredCheckpointer.from_recipe({**which, "unreachable": "use_memory"}) as following:
-        target = {"w": torch.zeros(50), "epoch": 0}
-        assert following.restore(target) == 1
-        assert target["w"].eq(1.0).all()
+    following = TieredCheckpointer.from_recipe({**which, "unreachable": "use_memory"})
+    target = {"w": torch.zeros(50), "epoch": 0}
+    assert following.restore(target) == 1
+    assert target["w"].eq(1.0).all()
+    following.close()
 
 
 @pytest.fixture

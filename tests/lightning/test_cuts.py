@@ -61,6 +61,12 @@ class Model(LightningModule):
         self.log("loss", loss)
         return loss
 
+    def on_train_epoch_start(self) -> None:
+        torch.rand(1)  # what hooks draw counts as well
+
+    def on_train_epoch_end(self) -> None:
+        torch.rand(1)
+
     def on_train_batch_start(self, batch: torch.Tensor, batch_idx: int) -> int | None:
         return -1 if self.skips and (self.current_epoch, batch_idx) == (0, 5) else None
 
@@ -125,8 +131,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plateau after steps": ({"plateau": "step"}, {"limit_val_batches": 0}),
     "no length": ({"loader": "stream"}, {"limit_val_batches": 0}),
     "no length, accumulating": ({"loader": "stream"}, {"accumulate_grad_batches": 2}),
-    "a stream that spans epochs": ({"loader": "stream"}, {"limit_train_batches": 4, "max_steps": 14}),
-    "a stream that spans epochs, by epochs": ({"loader": "stream"}, {"limit_train_batches": 5, **EPOCHS}),
+    "a stream that spans epochs": ({"loader": "stream"}, {"limit_train_batches": 4}),
+    "a stream that spans epochs, by epochs": (
+        {"loader": "stream"},
+        {"limit_train_batches": 5, "max_steps": -1, "max_epochs": 5},
+    ),
     "a stream beside a loader with a length": ({"loader": "shuffled and stream"}, {"limit_val_batches": 0}),
     "a generator of the loader's own": ({"loader": "generator"}, {"max_steps": 34}),
     "order by epoch": ({"loader": "by epoch"}, {}),
@@ -143,16 +152,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("cut", [4, 10, 13, *(pytest.param(cut, marks=pytest.mark.long) for cut in (6, 11))])
+@pytest.mark.parametrize("cut", [10, 13, *(pytest.param(cut, marks=pytest.mark.long) for cut in (4, 6, 11))])
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_that_was_cut_goes_on_as_if_it_never_was(
     each_step: dict[str, Any], tmp_path: Path, case: str, cut: int
 ) -> None:
-    made, options = CASES[case]
+    made, options = CASES[case][0], {"max_steps": 16, **CASES[case][1]}
     plain, first, second = Model(**made), Model(**made, fails_at=cut), Model(**made)
     fit(None, plain, tmp_path, **options)
-    if max(step for step, *_ in plain.losses) <= cut:
-        pytest.skip("accumulation makes few steps of the epochs")
     with pytest.raises(ZeroDivisionError):
         fit(each_step, first, tmp_path, **options)
     fit(each_step, second, tmp_path, **options)

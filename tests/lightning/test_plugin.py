@@ -129,7 +129,7 @@ def test_it_saves_where_epochs_end(tmp_path: Path, memory_dir: Path) -> None:
     which = recipe(tmp_path, memory_dir, memory={"save": {"every_n_epochs": 1}}, disk={"save": {"every_n_epochs": 2}})
     fit(which, tmp_path, max_steps=40, limit_train_batches=8)
     assert {32, 40} <= set(steps(memory_dir)) <= {8, 16, 24, 32, 40}
-    assert set(steps(tmp_path / "disk")) <= {16, 32}, "a busy drain may leave one out"
+    assert set(steps(tmp_path / "disk")) <= {16, 32, 40}, "what a busy drain left out the next one makes up for"
     fit(which, tmp_path, max_steps=44, limit_train_batches=8)
     assert max(steps(memory_dir)) == 40, "an epoch that is cut short is not over"
 
