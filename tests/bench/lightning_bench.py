@@ -69,6 +69,14 @@ class Measure(Callback):
         self.samples: dict[str, list[float]] = {
             name: [] for name in ("copy", "dump", "blocked", "complete", "alone", "beside")
         }
+        self.peak = Peak(anonymous_bytes)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: DDP sends the weights around in copies when it wraps the model.
+        self.peak.__enter__()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.peak.__exit__(None, None, None)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         found = self.samples
@@ -105,7 +113,7 @@ def saves(path: str, kind: str, tensors: int, size: int, runs: int) -> dict[str,
     measure = Measure(_ours if kind == "ours" else _theirs(kind), measured)
     gc.collect()
     before = anonymous_bytes()
-    with Peak(anonymous_bytes) as peak, tempfile.TemporaryDirectory() as disk:
+    with tempfile.TemporaryDirectory() as disk:
         os.chdir(disk)
         world = dist.get_world_size() if dist.is_initialized() else 1
         trainer = Trainer(
@@ -122,7 +130,7 @@ def saves(path: str, kind: str, tensors: int, size: int, runs: int) -> dict[str,
         )
         trainer.fit(model)
     found = {name: slowest(times[1:]) for name, times in measure.samples.items()}
-    return {**found, "peak_bytes": peak.highest - before, "state_bytes": measured}
+    return {**found, "peak_bytes": measure.peak.highest - before, "state_bytes": measured}
 
 
 def _quiet() -> None:
