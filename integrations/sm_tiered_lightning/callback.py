@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,8 +17,9 @@ from sm_tiered_lightning.fit import Fit
 from sm_tiered_lightning.moments import leave_sigterm_to_policies
 from sm_tiered_lightning.overrides import Overrides
 from sm_tiered_lightning.paths import BestModel, Paths
+from sm_tiered_lightning.post_mortem import PostMortem
 from sm_tiered_lightning.report import Report
-from sm_tiered_lightning.serving import check_strategy, serve, shards
+from sm_tiered_lightning.serving import check_strategy, serve, shards, shards_state
 
 __all__ = ["TieredCheckpoint"]
 
@@ -33,13 +34,22 @@ class TieredCheckpoint(Checkpoint):
     save_top_k = -1
     """Loggers ask for it: all are kept that the recipe keeps."""
 
-    def __init__(self, recipe: RecipeLike) -> None:
-        """Read *recipe*: a path, a mapping or a `sm_tiered.recipe.Recipe`.
+    def __init__(self, recipe: RecipeLike, *, on_exception: Literal["promote", "save"] = "promote") -> None:
+        """Read *recipe*.
+
+        Args:
+            recipe: a path, a mapping or a `sm_tiered.recipe.Recipe`.
+            on_exception: the newest step in memory always goes to the durable tiers then; ``save`` also keeps the
+                state as it failed, under a name that nothing goes on from: see `PostMortem`.
 
         Raises:
             RecipeError: it can't be used.
+            ConfigError: *on_exception* can't.
         """
         self.recipe = load_recipe(recipe)
+        if on_exception not in ("promote", "save"):
+            raise ConfigError(f"on_exception is {on_exception!r}", hint="Give 'promote' or 'save'.")
+        self._post_mortem = PostMortem(self.recipe.settings()) if on_exception == "save" else None
         self._paths = Paths(best=BestModel.of(self.recipe.settings()))
         self._io: TieredCheckpointIO | None = None
         self._fit: Fit | None = None
@@ -64,11 +74,17 @@ class TieredCheckpoint(Checkpoint):
         """See that this training can be served, and join the plugin or install one.
 
         Raises:
-            ConfigError: the strategy can't be served, or the plugin has another recipe or is wrapped by another one.
+            ConfigError: the strategy can't be served, not with ``on_exception='save'`` where it shards its state, or
+                the plugin has another recipe or is wrapped by another one.
             NamespaceInUseError: another launch trains in this namespace.
         """
         strategy: Any = trainer.strategy
         check_strategy(strategy)
+        if self._post_mortem is not None and shards_state(strategy):
+            raise ConfigError(
+                f"on_exception='save' can't be had with {type(strategy).__name__}: each rank has a share only",
+                hint="Leave it out: the newest step in memory goes to the durable tiers all the same.",
+            )
         io = self._io = self._joined(strategy)
         io.attach(partial(shards, strategy), fits=stage == "fit")
         serve(strategy, io)
@@ -120,7 +136,7 @@ class TieredCheckpoint(Checkpoint):
         fit, self._fit = self._fit, None
         try:
             if fit is not None and not fit.stopped:
-                fit.rescue()
+                fit.rescue(self._post_mortem)
         finally:
             self._let_go(fit)
 

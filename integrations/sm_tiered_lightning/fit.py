@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 
@@ -15,6 +16,7 @@ from sm_tiered_lightning.metrics import Metrics
 from sm_tiered_lightning.moments import Moments, stop
 from sm_tiered_lightning.overrides import Overrides
 from sm_tiered_lightning.paths import Paths
+from sm_tiered_lightning.post_mortem import PostMortem
 from sm_tiered_lightning.report import Report, left_out
 from sm_tiered_lightning.resume import loaders_made, resume
 from sm_tiered_lightning.serving import shards
@@ -104,13 +106,21 @@ class Fit:
         self._note(self._session.checkpointer.finish())
         self._report.look(self._trainer.global_step)
 
-    def rescue(self) -> None:
-        """After a failure: bring the newest step in memory to the durable tiers."""
+    def rescue(self, post_mortem: PostMortem | None) -> None:
+        """After a failure: bring the newest step in memory to safety, and keep the state for a look at it."""
+        # What the training raised is what counts; what fails here must be heard of beside it, from whichever rank.
         try:
             self._session.checkpointer.promote_newest()
         except Exception as error:
-            # What the training raised is what counts; this must be heard of beside it.
-            rank_zero_warn(f"sm_tiered: the newest step in memory is not brought to the durable tiers: {error}")
+            self._warn(f"the newest step in memory is not brought to the durable tiers: {error}")
+        try:
+            if post_mortem is not None:
+                self._warn(f"the state as it failed is kept in {post_mortem.write(self._trainer)}")
+        except Exception as error:
+            self._warn(f"the state as it failed is not kept: {error}")
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(f"sm_tiered: rank {self._trainer.global_rank}: {text}", stacklevel=2)
 
     def _check_start(self) -> None:
         """See that a training that begins with nothing restored is meant to.

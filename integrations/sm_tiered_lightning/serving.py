@@ -17,7 +17,7 @@ from sm_tiered_dcp import TrainState
 from sm_tiered_lightning.checkpoint_io import TieredCheckpointIO
 from sm_tiered_lightning.uri import parse_uri
 
-__all__ = ["check_strategy", "serve", "shards"]
+__all__ = ["check_strategy", "serve", "shards", "shards_state"]
 
 _WHOLE = (SingleDeviceStrategy, DDPStrategy)
 _SHARDED = (FSDPStrategy, ModelParallelStrategy)
@@ -69,16 +69,21 @@ def serve(strategy: Strategy, io: TieredCheckpointIO) -> None:
 
 def _check_path(strategy: Strategy, path: Any) -> None:
     """Lightning (2.6) takes a URL for the name of a local directory where states are sharded: ``./s3:/bucket/…``."""
-    if isinstance(strategy, _SHARDED) and parse_uri(path) is None and "://" in str(path):
+    if shards_state(strategy) and parse_uri(path) is None and "://" in str(path):
         raise ConfigError(
             f"{type(strategy).__name__} can't use {str(path)!r}: Lightning would make a local directory of that name",
             hint="Name the store as a tier in the recipe, and use tiered://latest or tiered://step/<n>.",
         )
 
 
+def shards_state(strategy: Strategy) -> bool:
+    """Return whether each rank of *strategy* has only a share of the model."""
+    return isinstance(strategy, _SHARDED)
+
+
 def shards(strategy: Strategy) -> TrainState | None:
     """Return model and optimizers of a strategy that shards them, None for the others."""
-    if not isinstance(strategy, _SHARDED):
+    if not shards_state(strategy):
         return None
     model = strategy.model
     assert model is not None

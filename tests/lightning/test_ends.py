@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sm_tiered.errors import ConfigError
 from sm_tiered_lightning import TieredCheckpoint
@@ -174,6 +175,38 @@ def test_a_validation_that_can_rank_nothing_is_warned_of(tmp_path: Path, memory_
     which = recipe(tmp_path, memory_dir, memory={"save": {"every_n_steps": 1}}, disk={"save": None, "keep": keep})
     with pytest.warns(UserWarning, match=r"within an accumulation ranks no checkpoint by \['val_loss'\]"):
         fit(which, Model(), tmp_path, accumulate_grad_batches=3, val_check_interval=4, max_steps=2)
+
+
+def test_a_state_that_failed_is_kept_for_a_look_at_it_and_nothing_goes_on_from_it(
+    which: dict[str, Any], tmp_path: Path, memory_dir: Path
+) -> None:
+    for failed_at, newest in ((5, 4), (7, 6)):
+        torch.manual_seed(0)
+        made = trainer_of(None, tmp_path, TieredCheckpoint(which, on_exception="save"), enable_checkpointing=True)
+        with (
+            pytest.warns(UserWarning, match=rf"kept in .*exceptions/step_000000000{failed_at}-rank_00000\.ckpt"),
+            pytest.raises(ZeroDivisionError),
+        ):
+            made.fit(Model(fails_at=failed_at), ckpt_path="tiered://latest")
+        (path,) = (memory_dir / "run-1/exceptions").iterdir()
+        assert torch.load(path, weights_only=True)["global_step"] == failed_at
+        again = fit(which, Model(), tmp_path, max_steps=newest + 1)
+        assert again.global_step == newest + 1
+        stock = trainer_of(None, tmp_path, max_steps=9)
+        stock.fit(Model(), ckpt_path=path)
+        assert stock.global_step == 9
+
+
+def test_how_a_failed_state_is_kept_is_checked_before_the_training(which: dict[str, Any], tmp_path: Path) -> None:
+    wrong: Any = "sav"
+    with pytest.raises(ConfigError, match=r"on_exception is 'sav'. Give 'promote' or 'save'"):
+        TieredCheckpoint(which, on_exception=wrong)
+    s3 = {"kind": "s3", "uri": "s3://bucket/prefix", "region": "us-east-1"}
+    with pytest.raises(ConfigError, match="needs a tier on this machine, and the recipe has none"):
+        TieredCheckpoint(recipe(tmp_path, None, disk=None, tiers={"s3": s3}), on_exception="save")
+    made = trainer_of(None, tmp_path, strategy=ModelParallelStrategy())
+    with pytest.raises(ConfigError, match="can't be had with ModelParallelStrategy: each rank has a share only"):
+        TieredCheckpoint(which, on_exception="save").setup(made, Model(), "fit")
 
 
 def test_after_an_exception_the_newest_step_in_memory_is_brought_to_safety(
