@@ -77,7 +77,8 @@ def test_the_drain_is_finished_after_all_trainers_are_dead(memory_dir: Path) -> 
 
     def work(group: Group) -> None:
         save(job.open(group), 1)
-        wait_until(lambda: len(job.queued()) == 2, "not both ranks have enqueued")
+        # Where a rank is late, the drainer may have brought both shares away before anybody looks.
+        wait_until(lambda: len(job.queued()) == 2 or committed(job, 1), "not both ranks have enqueued")
         os.kill(os.getpid(), signal.SIGKILL)
 
     with cleaned_up(job):
