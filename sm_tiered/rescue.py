@@ -36,17 +36,17 @@ def promote_newest(saves: dict[CheckpointId, SaveHandle], store: Store, promotio
     if newest is None:
         return None
     checkpoint, handle = newest
-    lacking = {tier for tier in store.tiers.durable if not _is_sent(handle, tier)}
-    if not lacking:
+    unsent = {tier for tier in store.tiers.durable if not _is_sent(handle, tier)}
+    if not unsent:
         return None
-    promotions.enqueue(checkpoint, lacking, ranks=read_records(memory, checkpoint))
+    promotions.enqueue(checkpoint, unsent, ranks=read_records(memory, checkpoint))
     return checkpoint.step
 
 
 def lacking(restored: Restored, store: Store, tiers: frozenset[str]) -> frozenset[str]:
     """Return those of *tiers* that have not what was *restored* from memory, where this rank can bring its share there.
 
-    None where it came from a durable tier, or was saved by another number of ranks.
+    Empty where it came from a durable tier, or was saved by another number of ranks.
     """
     memory, rank = store.tiers.memory, store.group.rank
     if memory is None or restored.tier != memory.name:

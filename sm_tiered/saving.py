@@ -309,12 +309,12 @@ class Saver:
     def promote_restored(self, restored: Restored, tiers: frozenset[str]) -> None:
         """Bring what was restored to those of *tiers* that lack it. Every rank must call, for its own share."""
         checkpoint, new = restored.checkpoint, lacking(restored, self._store, tiers)
+        if not new:
+            return
         handle = SaveHandle(step=checkpoint.step, nudge=self._promotions.nudge)
         self._promotions.begin(checkpoint, new)
         for tier in sorted(new):
             self._ledger.track(handle, tier, self._promotions.state(checkpoint, tier))
-        if not new:
-            return
         self._worker.submit(lambda: self._promote_later(checkpoint, handle, new))
         if self._composer.needed:
             self._worker.poll(lambda: self._composer.compose(checkpoint, at_once=True, acknowledged=True))
