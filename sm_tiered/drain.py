@@ -205,6 +205,7 @@ class Drain:
         if _stands(tier, key, data):
             return 0
         parts = [part for part in record.parts if not part.replica]
+        self._send_file_list(entry, tier)
         for part in parts:
             crashpoint("promote.before_part")
             self._send_part(entry, part, tier)
@@ -213,6 +214,12 @@ class Drain:
             raise KeyExistsError(f"another record of rank {entry.rank} stands there", tier=entry.tier, key=key)
         crashpoint("promote.after_record")
         return sum(part.size for part in parts)
+
+    def _send_file_list(self, entry: Entry, tier: Tier) -> None:
+        """Before the files that it tells of: should this never be committed, retention knows them by it."""
+        key = layout.in_dir(entry.checkpoint, layout.file_list_name(entry.rank))
+        with suppress(KeyNotFoundError):
+            tier.put(key, self._memory.get(key, max_bytes=MAX_BYTES).data)
 
     def _send_part(self, entry: Entry, part: Part, tier: Tier) -> None:
         key = layout.in_dir(entry.checkpoint, part.name)

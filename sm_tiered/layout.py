@@ -5,6 +5,7 @@ Every name that comes from outside (a listing, a record, a user) is parsed here 
     <root>/<namespace>/
         step_<10 digits>-a<6 digits>-<UTC seconds>-<8 hex>/
             __<rank>_<n>.distcp  __<rank>_<n>.ckpt  record-<5 digits>.json  .metadata  index.json  manifest.json
+            model.safetensors  rank_00001/loader.bin …  files-<5 digits>.json    what another program named
         attempts/<attempt>.json  pins/  events/
         .arena/  .queue/  .locks/                   memory tier only
 """
@@ -36,10 +37,13 @@ __all__ = [
     "check_part_name",
     "check_step",
     "checkpoint_dir",
+    "file_list_name",
     "in_dir",
+    "is_named",
     "parse_attempt",
     "parse_attempt_key",
     "parse_checkpoint_dir",
+    "parse_file_list_name",
     "parse_part_name",
     "parse_record_name",
     "part_name",
@@ -68,9 +72,12 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", re.ASCII)
 _ATTEMPT = re.compile(r"a(\d{6})-(\d{1,12})-([0-9a-f]{8})", re.ASCII)
 _CHECKPOINT = re.compile(r"step_(\d{10})-(a\d{6}-\d{1,12}-[0-9a-f]{8})", re.ASCII)
 _RECORD = re.compile(r"record-(\d{5})\.json", re.ASCII)
+_FILE_LIST = re.compile(r"files-(\d{5})\.json", re.ASCII)
 _STOCK_PART = re.compile(r"__(\d{1,6})_(\d{1,6})\.(distcp|ckpt)", re.ASCII)
 _ARENA_FILE = re.compile(r"(\d{1,6})-[0-9a-f]{8}", re.ASCII)
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
+_SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}"
+_PART = re.compile(rf"(?:{_SEGMENT}/){{0,8}}(?:{_SEGMENT}|\.metadata)", re.ASCII)
+_RESERVED = (MANIFEST, INDEX, METADATA)
 
 
 def check_namespace(value: object) -> str:
@@ -113,14 +120,22 @@ def check_step(value: object, *, name: str = "step") -> int:
 
 
 def check_part_name(value: str) -> str:
-    """Return *value* when it can be the file name of a part: one path segment, no leading dot.
+    """Return *value* when it can be the name of a part: a relative path, hidden nowhere but as DCP's ``.metadata``.
 
     Raises:
         FormatError: otherwise.
     """
-    if not _PART.fullmatch(value) or value in (MANIFEST, INDEX) or _RECORD.fullmatch(value):
-        raise FormatError(f"{value!r} can't be the name of a part")
+    if not _PART.fullmatch(value) or value in _RESERVED or _RECORD.fullmatch(value) or _FILE_LIST.fullmatch(value):
+        raise FormatError(
+            f"{value[:240]!r} can't be the name of a part",
+            hint="Use A-Z a-z 0-9 _ . - in up to 9 segments of 200 characters, none beginning with a dot.",
+        )
     return value
+
+
+def is_named(part: str) -> bool:
+    """Whether *part* bears a name that another program gave it, and that does not tell whose it is."""
+    return _STOCK_PART.fullmatch(part) is None
 
 
 class PartName(NamedTuple):
@@ -154,6 +169,17 @@ def parse_record_name(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def file_list_name(rank: int) -> str:
+    """Return the name of the list of what *rank* writes under names that do not tell."""
+    return f"files-{rank:05d}.json"
+
+
+def parse_file_list_name(name: str) -> int | None:
+    """Return the rank whose file list *name* is, or None when it is none."""
+    found = _FILE_LIST.fullmatch(name)
+    return int(found[1]) if found else None
+
+
 def checkpoint_dir(checkpoint: CheckpointId) -> str:
     """Return the directory of *checkpoint*, relative to the namespace."""
     return f"step_{checkpoint.step:010d}-{checkpoint.attempt}"
@@ -178,10 +204,18 @@ def parse_checkpoint_dir(name: str) -> CheckpointId | None:
 
 
 def rank_of_key(key: str) -> int | None:
-    """Return the rank whose arena file, stock part or record stands under *key*, or None when it is none of these."""
-    name = key.rsplit("/", 1)[-1]
-    found = _STOCK_PART.fullmatch(name) or _RECORD.fullmatch(name) or _ARENA_FILE.fullmatch(name)
-    return int(found[1]) if found else None
+    """Return the rank whose arena file, stock part, record or file list stands under *key*; None: it does not tell.
+
+    What stands in a directory of its own has a name that does not tell.
+    """
+    head, _, name = key.rpartition("/")
+    if "/" in head:
+        return None
+    for form in (_STOCK_PART, _RECORD, _FILE_LIST, _ARENA_FILE):
+        found = form.fullmatch(name)
+        if found:
+            return int(found[1])
+    return None
 
 
 def parse_attempt(text: str) -> Attempt:

@@ -141,6 +141,7 @@ def compose_manifest(records: Mapping[int, bytes]) -> Manifest:
             raise FormatError(
                 f"the record of rank {rank} is of {record.checkpoint}, rank {record.rank}, failed: {record.failed}"
             )
+    _check_names(parsed.values())
     return Manifest(
         namespace=first.namespace,
         checkpoint=first.checkpoint,
@@ -150,6 +151,15 @@ def compose_manifest(records: Mapping[int, bytes]) -> Manifest:
         records={rank: checksum.digest(data) for rank, data in sorted(records.items())},
         metrics=first.metrics,
     )
+
+
+def _check_names(records: Iterable[Record]) -> None:
+    """Of two ranks' parts under one name all but one are lost."""
+    owners: dict[str, int] = {}
+    for record in records:
+        for part in record.parts:
+            if not part.replica and owners.setdefault(part.name, record.rank) != record.rank:
+                raise FormatError(f"ranks {owners[part.name]} and {record.rank} both have a part {part.name!r}")
 
 
 def record_from_json(data: bytes | memoryview) -> Record:

@@ -18,6 +18,7 @@ from sm_tiered.policies.context import CommittedCheckpoint
 from sm_tiered.policies.keep import KeepPolicy, ask_keep
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Manifest
 from sm_tiered.tiers.base import Tier
+from sm_tiered.tiers.file_list import read_file_lists
 
 __all__ = ["TOMBSTONE_SECS", "Plan", "apply", "plan"]
 
@@ -189,6 +190,8 @@ def _recorded_parts(tier: Tier, checkpoint: CheckpointId) -> dict[str, int]:
     for data in read_records(tier, checkpoint).values():
         with suppress(FormatError):
             parts.update({part.name: part.size for part in record_from_json(data).parts})
+    for listed in read_file_lists(tier, checkpoint).values():
+        parts.update({name: parts.get(name, 0) for name in listed.names})
     return parts
 
 
@@ -203,5 +206,6 @@ def _ours(name: str) -> bool:
     return (
         name in (layout.METADATA, layout.INDEX)
         or layout.parse_record_name(name) is not None
+        or layout.parse_file_list_name(name) is not None
         or layout.parse_part_name(name) is not None
     )

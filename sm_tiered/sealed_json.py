@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-"""Version of records, manifests and attempt records; a reader refuses what is newer."""
+"""Version of records, manifests, attempt records and file lists; a reader refuses what is newer."""
 
 MAX_BYTES = 256 * 1024 * 1024
 """Longer files are refused unread."""

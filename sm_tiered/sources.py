@@ -49,6 +49,11 @@ class PartSourceReader(Protocol):
         """Where they come from."""
         ...
 
+    @property
+    def path(self) -> str | None:
+        """The file in memory that holds them, or None."""
+        ...
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill *buffer* with the part's bytes from *offset* on."""
         ...
@@ -69,6 +74,7 @@ class MemoryPart:
     def __init__(self, memory: MemoryTier, checkpoint: CheckpointId, part: Part) -> None:
         self._key = layout.in_dir(checkpoint, part.name)
         self._part, self.tier = part, memory.name
+        self.path: str | None = str(memory.root / self._key)
         self._pool: ThreadPoolExecutor | None = None
         self._file: OpenPart = memory.open_part(self._key)
         if self._file.size != part.size:
@@ -120,6 +126,8 @@ class MemoryPart:
 
 class FetchedPart:
     """Chunks of a part, fetched from a durable tier into *room* and verified there."""
+
+    path: str | None = None
 
     def __init__(
         self, tier: Tier, checkpoint: CheckpointId, part: Part, room: memoryview, free: Callable[[], None]
@@ -177,6 +185,8 @@ class FetchedPart:
 
 class InPlacePart:
     """A part of a durable tier, read chunk by chunk through one chunk of private memory."""
+
+    path: str | None = None
 
     def __init__(self, tier: Tier, checkpoint: CheckpointId, part: Part) -> None:
         self._source, self._part, self.tier = tier, part, tier.name

@@ -15,6 +15,7 @@ from sm_tiered.parts import PartSource
 from sm_tiered.records import CheckpointId, ItemTable, Part, Record
 from sm_tiered.store import Store
 from sm_tiered.tiers.arena import Slot
+from sm_tiered.tiers.file_list import put_file_list, read_file_lists
 
 __all__ = ["Staged", "Stager"]
 
@@ -84,10 +85,12 @@ class Stager:
         Raises:
             TierError: there is no room, or the directory is gone; nothing is visible then.
         """
-        staged = Staged(record=record)
+        staged, memory = Staged(record=record), self._store.tiers.memory
+        assert memory is not None
         small = self._take_back_small()
         if not any(part.recycled for part in parts):
             small.add(record.checkpoint)
+        put_file_list(memory, record, parts)
         crashpoint("stage.before_copy")
         for part in parts:
             buffer = self._recycled(part, record) if part.recycled else self._fresh(part, record)
@@ -109,9 +112,13 @@ class Stager:
             self._small = recorded - set(arena.published())
         for checkpoint in store.generations.releasable(self._small, store.held()) if self._small else ():
             directory = f"{layout.checkpoint_dir(checkpoint)}/"
-            ours = [e.key for e in memory.list(directory) if layout.rank_of_key(e.key) == store.group.rank]
-            memory.delete([layout.in_dir(checkpoint, layout.record_name(store.group.rank))])
-            memory.delete([*ours, directory + layout.METADATA, directory + layout.INDEX])
+            rank = store.group.rank
+            ours = [e.key for e in memory.list(directory) if layout.rank_of_key(e.key) == rank]
+            lists = read_file_lists(memory, checkpoint, {rank}).values()
+            named = [directory + name for listed in lists for name in listed.names]
+            memory.delete([layout.in_dir(checkpoint, layout.record_name(rank))])
+            memory.delete([*named, directory + layout.METADATA, directory + layout.INDEX])
+            memory.delete(ours)  # the list of the named ones among them, so last
             self._small.discard(checkpoint)
         return self._small
 

@@ -23,6 +23,7 @@ from sm_tiered.parts import PartSource
 from sm_tiered.records import Part, Record
 from sm_tiered.store import Store
 from sm_tiered.tiers.base import Tier
+from sm_tiered.tiers.file_list import put_file_list
 from sm_tiered.worker import Worker
 
 __all__ = ["Streamer", "stream"]
@@ -105,11 +106,10 @@ def stream(tier: Tier, parts: Sequence[PartSource], record: Record, *, timeout_s
         TierError: the tier refused.
     """
     end = time.monotonic() + timeout_secs
-    written: list[Part] = []
-    for part in parts:
-        if not part.replica:
-            written.append(_stream_part(tier, part, record, end))
-    full = replace(record, parts=tuple(written), tables=tuple(part.table for part in parts if not part.replica))
+    own = [part for part in parts if not part.replica]
+    put_file_list(tier, record, own)
+    written = tuple(_stream_part(tier, part, record, end) for part in own)
+    full = replace(record, parts=written, tables=tuple(part.table for part in own))
     key = layout.in_dir(record.checkpoint, layout.record_name(record.rank))
     if not put_once(tier, key, record_to_json(full)):
         raise KeyExistsError(f"another record of rank {record.rank} stands there", tier=tier.name, key=key)

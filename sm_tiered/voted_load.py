@@ -25,10 +25,22 @@ from sm_tiered.group import Group
 from sm_tiered.resolve import Candidate, Tiers
 from sm_tiered.sources import PartSourceReader, Room, Span, open_part, touched_chunks
 
-__all__ = ["Loaded", "Loader", "Read", "Walk", "load"]
+__all__ = ["Loaded", "Loader", "Opened", "Read", "Walk", "load"]
 
-Read = Callable[[int, str, int, memoryview], None]
-"""``read(rank, part, offset, buffer)`` fills the buffer with verified bytes of that rank's part."""
+
+class Read(Protocol):
+    """The parts that a plan names, open and verified."""
+
+    def __call__(self, rank: int, part: str, offset: int, buffer: memoryview) -> None:
+        """Fill *buffer* with the bytes of that rank's part from *offset* on."""
+        ...
+
+    def file(self, rank: int, part: str) -> str | None:
+        """Return the path of the file in memory that is this part, or None where it comes from elsewhere.
+
+        Of it are verified the bytes that the plan names. It stays as it is until the load is over.
+        """
+        ...
 
 
 class Loader(Protocol):
@@ -108,7 +120,7 @@ def load(state: Walk, candidate: Candidate) -> Loaded | str:
         if refused is not None:
             return refused
         state.placed = True
-        placed = _guard(lambda: state.loader.place(opened.read))
+        placed = _guard(lambda: state.loader.place(opened))
         refused = _voted(state, placed)
         if refused is not None:
             return refused
@@ -140,8 +152,8 @@ def _finish(state: Walk, candidate: Candidate) -> None:
         )
 
 
-class _Opened:
-    """The parts that one rank reads, open and verified."""
+class Opened:
+    """The parts that one rank reads, open and verified. A `Read`."""
 
     def __init__(self) -> None:
         self.parts: dict[tuple[int, str], PartSourceReader] = {}
@@ -151,22 +163,25 @@ class _Opened:
     def tiers(self) -> set[str]:
         return {part.tier for part in self.parts.values()}
 
-    def read(self, rank: int, part: str, offset: int, buffer: memoryview) -> None:
+    def __call__(self, rank: int, part: str, offset: int, buffer: memoryview) -> None:
         self.parts[rank, part].read_into(offset, buffer)
 
+    def file(self, rank: int, part: str) -> str | None:
+        return self.parts[rank, part].path
 
-def _prepare(state: Walk, candidate: Candidate, stack: ExitStack) -> tuple[_Opened, TieredError | None]:
+
+def _prepare(state: Walk, candidate: Candidate, stack: ExitStack) -> tuple[Opened, TieredError | None]:
     """Plan, open and verify everything that this rank reads."""
-    opened = _Opened()
+    opened = Opened()
 
     def open_and_check() -> None:
         _open_all(state, candidate, opened, stack)
-        state.loader.check(opened.read)
+        state.loader.check(opened)
 
     return opened, _guard(open_and_check)
 
 
-def _open_all(state: Walk, candidate: Candidate, opened: _Opened, stack: ExitStack) -> None:
+def _open_all(state: Walk, candidate: Candidate, opened: Opened, stack: ExitStack) -> None:
     """Open what is to be read. A damaged replica is only a second source: the same items stand whole farther away."""
     refused: list[str] = []
     while True:
@@ -181,7 +196,7 @@ def _open_all(state: Walk, candidate: Candidate, opened: _Opened, stack: ExitSta
         candidate = replace(candidate, near=candidate.near - {rank})
 
 
-def _open_each(state: Walk, candidate: Candidate, opened: _Opened, stack: ExitStack) -> tuple[int, str] | None:
+def _open_each(state: Walk, candidate: Candidate, opened: Opened, stack: ExitStack) -> tuple[int, str] | None:
     """Open the parts of one plan; return the rank whose replica is damaged, and how, if that is all that is wrong."""
     for (rank, name), spans in state.loader.plan(candidate).items():
         part = next(part for part in candidate.records[rank].parts if part.name == name)

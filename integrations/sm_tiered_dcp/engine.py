@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -41,6 +41,22 @@ class Engine:
     users: int = 0
     state_saver: Any = None
     """The `StateSaver` of this engine, once there is one."""
+
+    def tiers(self, names: Sequence[str] | None) -> frozenset[str]:
+        """Return *names* checked, or all tiers of the recipe.
+
+        Raises:
+            ConfigError: the recipe has no tier of that name.
+        """
+        known = [tier.name for tier in self.settings.tiers]
+        if isinstance(names, str):
+            raise ConfigError(f"tiers must be a list of names, got {names!r}", hint=f"The recipe has {known}.")
+        if names is not None and not names:
+            raise ConfigError("tiers is empty", hint=f"Leave it out for all, or choose from {known}.")
+        for name in names or ():
+            if name not in known:
+                raise ConfigError(f"the recipe has no tier {name!r}", hint=f"It has {known}.")
+        return frozenset(known if names is None else names)
 
     def close(self, *, patient: bool = True) -> None:
         """Let go; the last user's call closes everything, see `Saver.close`. Not collective."""

@@ -17,8 +17,8 @@ from sm_tiered import layout
 from sm_tiered.checksum import CHUNK_BYTES
 from sm_tiered.errors import CheckpointNotFoundError, RestoreError
 from sm_tiered.resolve import Candidate
-from sm_tiered.sources import PartSourceReader, Span, open_part, touched_chunks
-from sm_tiered.voted_load import Read
+from sm_tiered.sources import Span, open_part, touched_chunks
+from sm_tiered.voted_load import Opened, Read
 from sm_tiered_dcp.engine import Engine, Lease, RecipeLike, open_engine
 from sm_tiered_dcp.finisher import metadata_from_records
 from sm_tiered_dcp.loading import ItemSource, Sources, read_plan_spans, read_tensor, read_value, source_of
@@ -128,19 +128,15 @@ class TieredStorageReader(StorageReader):
         if candidate is None or sources is None:
             raise RestoreError("read_data was called before read_metadata")
         with ExitStack() as stack:
-            opened: dict[tuple[int, str], PartSourceReader] = {}
+            opened = Opened()
             for (rank, name), spans in read_plan_spans(plan, sources).items():
                 part = next(part for part in candidate.records[rank].parts if part.name == name)
                 source = open_part(
                     self._engine.store.tiers, candidate, rank, part, touched_chunks(spans), self._engine.store.room
                 )
                 stack.callback(source.close)
-                opened[rank, name] = source
-
-            def read(rank: int, part: str, offset: int, buffer: memoryview) -> None:
-                opened[rank, part].read_into(offset, buffer)
-
-            self._place(plan, planner, sources, read)
+                opened.parts[rank, name] = source
+            self._place(plan, planner, sources, opened)
         done: Future[None] = Future()
         done.set_result(None)
         return done

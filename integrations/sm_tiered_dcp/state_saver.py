@@ -60,22 +60,6 @@ class StateSaver:
             engine.state_saver = cls(engine)
         return engine.state_saver
 
-    def tiers(self, names: Sequence[str] | None) -> frozenset[str]:
-        """Return *names* checked, or all tiers of the recipe.
-
-        Raises:
-            ConfigError: the recipe has no tier of that name.
-        """
-        known = [tier.name for tier in self.engine.settings.tiers]
-        if isinstance(names, str):
-            raise ConfigError(f"tiers must be a list of names, got {names!r}", hint=f"The recipe has {known}.")
-        if names is not None and not names:
-            raise ConfigError("tiers is empty", hint=f"Leave it out for all, or choose from {known}.")
-        for name in names or ():
-            if name not in known:
-                raise ConfigError(f"the recipe has no tier {name!r}", hint=f"It has {known}.")
-        return frozenset(known if names is None else names)
-
     def save(
         self,
         step: int,
@@ -105,7 +89,7 @@ class StateSaver:
         urgent: bool,
     ) -> SaveHandle:
         begun = time.monotonic()
-        step, named = layout.check_step(step), self.tiers(tiers)
+        step, named = layout.check_step(step), self.engine.tiers(tiers)
         taken, failure = self._flatten(state)
         failure = failure or self.engine.saver.deliver()
         agreement = self.engine.saver.agree(self._request(step, named, urgent, taken, failure))

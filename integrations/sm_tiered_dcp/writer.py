@@ -158,7 +158,7 @@ class TieredStorageWriter(StorageWriter, AsyncStager):
             self._agreement = self._engine.saver.agree(
                 Request(
                     step=self._the_step(),
-                    tiers=self._saver.tiers(self._tiers),
+                    tiers=self._engine.tiers(self._tiers),
                     urgent=self._tiers is not None,
                     size=self._saver.last_size,
                     failure=self._engine.saver.deliver(),

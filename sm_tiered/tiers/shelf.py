@@ -12,6 +12,7 @@ from sm_tiered.crashpoints import crashpoint
 from sm_tiered.errors import TierUnavailableError
 from sm_tiered.records import CheckpointId
 from sm_tiered.tiers import safeio
+from sm_tiered.tiers.file_list import FileList, read_file_lists
 from sm_tiered.tiers.memory import MemoryTier
 from sm_tiered.tiers.slot import SlotFile, free_path
 
@@ -49,23 +50,24 @@ class Shelf:
                 yield file, None
         for checkpoint in sorted(c for c in map(layout.parse_checkpoint_dir, os.listdir(self._root)) if c):
             self._sweep(checkpoint)
-            with suppress(OSError):  # what died between making it and filling it, or emptying and removing it
-                os.rmdir(self._path(checkpoint))
+            self._remove_empty(checkpoint)  # what died between making it and filling it, or emptying and removing it
             for name in self._parts(checkpoint, recycled=True):
                 if file := SlotFile.adopt(self._path(checkpoint, name)):
                     yield file, checkpoint
 
     def has_record(self, checkpoint: CheckpointId, path: str) -> bool:
         """Whether the rank that wrote *path* also wrote its record of *checkpoint*."""
-        part = layout.parse_part_name(os.path.basename(path))
-        return part is not None and os.path.lexists(self._path(checkpoint, layout.record_name(part.rank)))
+        name = self._name(checkpoint, path)
+        part = layout.parse_part_name(name)
+        ranks = [part.rank] if part is not None else self._listing(checkpoint, name)
+        return any(os.path.lexists(self._path(checkpoint, layout.record_name(rank))) for rank in ranks)
 
     def publish(self, file: SlotFile, checkpoint: CheckpointId, name: str) -> None:
         """Move *file* into the directory of *checkpoint*, which is made when missing."""
         target = self._path(checkpoint, layout.check_part_name(name))
         crashpoint("publish.before_rename")
         for _ in range(_TRIES):
-            self._make_dir(checkpoint)
+            self._make_dirs(checkpoint, name)
             # Another rank may take the directory for an empty one and remove it.
             with suppress(FileNotFoundError):
                 file.rename(target)
@@ -87,18 +89,17 @@ class Shelf:
                 with suppress(FileNotFoundError):
                     os.unlink(self._path(checkpoint, layout.record_name(rank)))
         crashpoint("recycle.after_unpublish")
-        kept = {os.path.basename(file.path): file for file in files}
-        names = {layout.METADATA, layout.INDEX, *self._parts(checkpoint)}
-        for name in names - set(kept):
-            with suppress(FileNotFoundError):
-                os.unlink(self._path(checkpoint, name))
+        kept = {self._name(checkpoint, file.path): file for file in files}
+        lists = [layout.file_list_name(rank) for rank in self._file_lists(checkpoint)]
+        names = {layout.METADATA, layout.INDEX, *self._parts(checkpoint)} - set(kept) - set(lists)
+        self._unlink(checkpoint, names)
         for file in kept.values():
             # Also one that has a second name: unlinked, it would look like nobody else's.
             with suppress(FileNotFoundError):
                 file.rename(free_path(self._free, self.rank))
+        self._unlink(checkpoint, lists)  # last: until here they tell whose the rest is
         crashpoint("recycle.after_rename")
-        with suppress(OSError):  # other ranks' files are still there
-            os.rmdir(self._path(checkpoint))
+        self._remove_empty(checkpoint)
 
     def remove(self, file: SlotFile) -> None:
         """Delete the name that *file* has here, if it is still this file's."""
@@ -116,25 +117,53 @@ class Shelf:
             return []
 
     def _parts(self, checkpoint: CheckpointId, *, recycled: bool = False) -> list[str]:
-        """The stock parts in the directory of *checkpoint* that are this rank's; *recycled*: only arena files."""
+        """The parts in the directory of *checkpoint* that are this rank's; *recycled*: only arena files."""
         found = {name: layout.parse_part_name(name) for name in self._listed(checkpoint)}
         ours = {name: part for name, part in found.items() if part is not None and self._ours(part.rank)}
-        return [name for name, part in ours.items() if not recycled or part.kind == "ckpt" or part.number in _RECYCLED]
+        stock = [name for name, part in ours.items() if not recycled or part.kind == "ckpt" or part.number in _RECYCLED]
+        lists = self._file_lists(checkpoint).values()
+        return stock + [name for found in lists for name in (found.recycled if recycled else found.names)]
+
+    def _file_lists(self, checkpoint: CheckpointId) -> dict[int, FileList]:
+        """Whose names do not tell that they are this rank's."""
+        ranks = map(layout.parse_file_list_name, self._listed(checkpoint))
+        ours = {rank for rank in ranks if rank is not None and self._ours(rank)}
+        return read_file_lists(self._tier, checkpoint, ours) if ours else {}
+
+    def _listing(self, checkpoint: CheckpointId, name: str) -> list[int]:
+        return [rank for rank, found in self._file_lists(checkpoint).items() if name in found.names]
+
+    def _name(self, checkpoint: CheckpointId, path: str) -> str:
+        return path.removeprefix(f"{self._path(checkpoint)}/")
+
+    def _unlink(self, checkpoint: CheckpointId, names: Iterable[str]) -> None:
+        for name in names:
+            with suppress(FileNotFoundError):
+                os.unlink(self._path(checkpoint, name))
+
+    def _remove_empty(self, checkpoint: CheckpointId) -> None:
+        """Remove the directories of *checkpoint* that hold nothing; other ranks' files may still be there."""
+        for directory, _, _ in os.walk(self._path(checkpoint), topdown=False):
+            with suppress(OSError):
+                os.rmdir(directory)
 
     def _path(self, checkpoint: CheckpointId, name: str = "") -> str:
         directory = f"{self._root}/{layout.checkpoint_dir(checkpoint)}"
         return f"{directory}/{name}" if name else directory
 
-    def _make_dir(self, checkpoint: CheckpointId) -> None:
+    def _make_dirs(self, checkpoint: CheckpointId, name: str) -> None:
+        """Make the directory of *checkpoint*, and those in it that lead to *name*."""
         path = self._path(checkpoint)
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            return
-        except FileNotFoundError:
-            self._tier.make_dirs()
-            return
-        os.chmod(path, 0o700)  # whatever the umask
+        for segment in ("", *name.split("/")[:-1]):
+            path = f"{path}/{segment}" if segment else path
+            try:
+                os.mkdir(path, 0o700)
+            except FileExistsError:
+                continue
+            except FileNotFoundError:
+                self._tier.make_dirs()
+                return
+            os.chmod(path, 0o700)  # whatever the umask
 
     def _sweep(self, checkpoint: CheckpointId) -> None:
         """Remove what died half-written."""
