@@ -7,7 +7,7 @@ Every name that comes from outside (a listing, a record, a user) is parsed here 
             __<rank>_<n>.distcp  __<rank>_<n>.ckpt  record-<5 digits>.json  .metadata  index.json  manifest.json
             model.safetensors  rank_00001/loader.bin …  files-<5 digits>.json    what another program named
         attempts/<attempt>.json  pins/  events/
-        .arena/  .queue/  .locks/                   memory tier only
+        .arena/  .queue/  .locks/  .restored/       memory tier only
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = [
     "MAX_WORLD",
     "METADATA",
     "QUEUE",
+    "RESTORED",
     "PartName",
     "ack_counter",
     "attempt_key",
@@ -40,10 +41,12 @@ __all__ = [
     "file_list_name",
     "in_dir",
     "is_named",
+    "own_name",
     "parse_attempt",
     "parse_attempt_key",
     "parse_checkpoint_dir",
     "parse_file_list_name",
+    "parse_own_name",
     "parse_part_name",
     "parse_record_name",
     "part_name",
@@ -64,6 +67,7 @@ ATTEMPTS = "attempts"
 CONDITIONS = "conditions"
 """What a durable tier is tried with before an attempt's first commit; its content means nothing."""
 EVENTS = "events"
+RESTORED = ".restored"
 ARENA = ".arena"
 QUEUE = ".queue"
 LOCKS = ".locks"
@@ -75,6 +79,7 @@ _RECORD = re.compile(r"record-(\d{5})\.json", re.ASCII)
 _FILE_LIST = re.compile(r"files-(\d{5})\.json", re.ASCII)
 _STOCK_PART = re.compile(r"__(\d{1,6})_(\d{1,6})\.(distcp|ckpt)", re.ASCII)
 _ARENA_FILE = re.compile(r"(\d{1,6})-[0-9a-f]{8}", re.ASCII)
+_OWN = re.compile(r"rank_(\d{5})/(.+)", re.ASCII | re.DOTALL)
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}"
 _PART = re.compile(rf"(?:{_SEGMENT}/){{0,8}}(?:{_SEGMENT}|\.metadata)", re.ASCII)
 _RESERVED = (MANIFEST, INDEX, METADATA)
@@ -167,6 +172,17 @@ def parse_record_name(name: str) -> int | None:
     """Return the rank that *name* is the record of, or None when it is no record."""
     found = _RECORD.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def own_name(rank: int, name: str) -> str:
+    """Return the name of the part that is *rank*'s own of what all ranks call *name*; rank 0's has the plain name."""
+    return f"rank_{rank:05d}/{name}" if rank else name
+
+
+def parse_own_name(part: str) -> tuple[int, str] | None:
+    """Return the rank and the name that `own_name` made *part* of, or None when it is none."""
+    found = _OWN.fullmatch(part)
+    return (int(found[1]), found[2]) if found else None
 
 
 def file_list_name(rank: int) -> str:

@@ -80,6 +80,11 @@ class Item:
     shape: tuple[int, ...] = ()
     """Shape of the whole tensor."""
 
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a whole file under a name of its own, and no value of a state."""
+        return self.fqn == self.part
+
 
 @dataclass(frozen=True, kw_only=True)
 class ItemTable:

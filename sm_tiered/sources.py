@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
@@ -25,6 +26,7 @@ __all__ = [
     "InPlacePart",
     "MemoryPart",
     "PartSourceReader",
+    "Place",
     "Room",
     "Span",
     "open_part",
@@ -34,8 +36,20 @@ __all__ = [
 Span = tuple[int, int]
 """(first byte, length) inside a part."""
 
-Room = Callable[[int], tuple[memoryview, Callable[[], None]] | None]
-"""Gives so many bytes of the arena and a function that gives them back, or None where there is no room."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Bytes to fetch a part into."""
+
+    buffer: memoryview
+    free: Callable[[], None]
+    """Gives them back."""
+    path: str | None = None
+    """The file in memory that the buffer is, where it stays when the load is over."""
+
+
+Room = Callable[[int], Place | None]
+"""Gives a place of so many bytes, or None where there is no room."""
 
 _SPLIT_BYTES = 2 * 1024 * 1024
 """From here on it pays to give half of a read to a second thread."""
@@ -127,12 +141,9 @@ class MemoryPart:
 class FetchedPart:
     """Chunks of a part, fetched from a durable tier into *room* and verified there."""
 
-    path: str | None = None
-
-    def __init__(
-        self, tier: Tier, checkpoint: CheckpointId, part: Part, room: memoryview, free: Callable[[], None]
-    ) -> None:
-        self._source, self._part, self._room, self._free = tier, part, room, free
+    def __init__(self, tier: Tier, checkpoint: CheckpointId, part: Part, place: Place) -> None:
+        self._source, self._part, self._free, self.path = tier, part, place.free, place.path
+        self._room = place.buffer
         self._key = layout.in_dir(checkpoint, part.name)
         self._starts: dict[int, int] = {}
         self.tier = tier.name
@@ -280,8 +291,7 @@ def _fetch(tier: Tier, candidate: Candidate, part: Part, chunks: Sequence[int], 
     given = room(size) if size else None
     if given is None:
         return InPlacePart(tier, candidate.checkpoint, part)
-    view, free = given
-    source = FetchedPart(tier, candidate.checkpoint, part, view[:size], free)
+    source = FetchedPart(tier, candidate.checkpoint, part, given)
     try:
         source.fetch(chunks)
     except BaseException:

@@ -26,6 +26,7 @@ from sm_tiered.events import DrainerStarted, MemoryTight, NewerAttemptSeen, Noth
 from sm_tiered.finish import Finisher
 from sm_tiered.generations import Generations
 from sm_tiered.group import Group, SoloGroup
+from sm_tiered.handout import remove_leftovers
 from sm_tiered.inventory import read_holding
 from sm_tiered.launch import agree_on_launch, read_probe, wait_for_others
 from sm_tiered.line import Line
@@ -34,6 +35,7 @@ from sm_tiered.records import CheckpointId
 from sm_tiered.resolve import Tiers, survey
 from sm_tiered.restore import Restored, walk
 from sm_tiered.settings import MemorySettings, Settings
+from sm_tiered.sources import Place, Room
 from sm_tiered.tiers import open_tier
 from sm_tiered.tiers.arena import Arena
 from sm_tiered.tiers.base import Tier
@@ -82,11 +84,14 @@ class Store:
         """What the last restore took."""
         self.line = Line(settings, group, self.tiers, events=self.events, generations=self.generations)
         self._drainers: list[Any] = []
-        self._ranks_here = 1
+        self.ranks_here: tuple[int, ...] = (group.rank,)
+        """The ranks that share this node's memory, ascending."""
         self.over_budget = False
         """Whether the state has outgrown the recipe's budget for memory, on all ranks alike."""
         self._probe_local_tiers()
         self._taken_over = self._orphans()
+        if memory is not None and group.rank == self.ranks_here[0]:
+            remove_leftovers(Path(memory.root))
         self.all_or_none(self._adopt)
 
     # ---- opening
@@ -144,7 +149,7 @@ class Store:
         if memory is None:
             return frozenset()
         here = [rank for rank, key in enumerate(keys) if key == memory.node_key()]
-        self._ranks_here = len(here)
+        self.ranks_here = tuple(here)
         names = (entry.key for entry in [*memory.list(f"{layout.ARENA}/"), *memory.list("step_")])
         left = {rank for rank in map(layout.rank_of_key, names) if rank is not None}
         return frozenset(r for r in left if r not in here and r % len(here) == here.index(self.group.rank))
@@ -155,11 +160,14 @@ class Store:
 
     # ---- restoring
 
-    def restore(self, loader: Loader, *, step: int | None = None, opens: bool = True) -> Restored | None:
+    def restore(
+        self, loader: Loader, *, step: int | None = None, opens: bool = True, room: Room | None = None
+    ) -> Restored | None:
         """Restore the newest checkpoint, or *step*, through *loader*; None when nothing was ever saved. Collective.
 
         *opens*: whether training goes on from there. Without it only a first save does: who merely looks at an old step
-        must not make it the one that a restarted job resumes from.
+        must not make it the one that a restarted job resumes from. *room*: where parts of a durable tier go that the
+        loader keeps; else they pass through the arena.
 
         Raises: see `sm_tiered.restore.walk`.
         """
@@ -173,7 +181,7 @@ class Store:
             loader,
             step=step,
             events=self.events,
-            room=self.room,
+            room=room or self.room,
             use_memory=self.settings.unreachable == "use_memory",
         )
         self.restored = restored
@@ -193,8 +201,8 @@ class Store:
         memory, arena = self.settings.memory, self.arena
         if memory is None or arena is None or self.tiers.memory is None:
             return
-        need = sum(sizes) * (memory.generations + 2) * self._ranks_here
-        already = arena.allocated_bytes * self._ranks_here
+        need = sum(sizes) * (memory.generations + 2) * len(self.ranks_here)
+        already = arena.allocated_bytes * len(self.ranks_here)
         tight = check_budget(self.tiers.memory.root, need, memory.budget_bytes, already_bytes=already)
         if tight is not None:
             self.events.emit(MemoryTight(warning=tight))
@@ -217,7 +225,7 @@ class Store:
             # Parts of about one size share a pool of files.
             self.arena.prepare(size, slots * sum(abs(size - other) * 16 <= size for other in sizes))
 
-    def room(self, size: int) -> tuple[memoryview, Callable[[], None]] | None:
+    def room(self, size: int) -> Place | None:
         """Arena bytes for a restore; what is published stays where it is."""
         if self.arena is None or self.settings.memory is None:
             return None
@@ -229,7 +237,7 @@ class Store:
         if slot is None:
             return None
         slot.cache.clear()  # what is fetched overwrites the headers that an integration believes to be there
-        return slot.buffer[:], lambda: arena.release(slot)
+        return Place(buffer=slot.buffer[:size], free=lambda: arena.release(slot))
 
     def latest(self) -> int | None:
         """Return the newest step that this process sees complete on any tier, or None. Not collective.

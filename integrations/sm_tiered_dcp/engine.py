@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import torch
 
-from sm_tiered.errors import ConfigError
+from sm_tiered.errors import ConfigError, TierFullError
+from sm_tiered.events import MemoryTight
 from sm_tiered.finish import Finisher
 from sm_tiered.group import Group
 from sm_tiered.policies.context import Need
@@ -57,6 +58,20 @@ class Engine:
             if name not in known:
                 raise ConfigError(f"the recipe has no tier {name!r}", hint=f"It has {known}.")
         return frozenset(known if names is None else names)
+
+    def make_room(self, sizes: Sequence[int], *, first: bool) -> None:
+        """See on all ranks that parts of *sizes* bytes fit, and prepare their pages. Collective.
+
+        Raises:
+            ConfigError: the recipe's budget forbids them, at the *first* save: later ones are streamed, or skipped.
+            TierFullError: they don't fit, at the first save.
+        """
+        try:
+            self.store.make_room(sizes)
+        except (ConfigError, TierFullError) as error:
+            if first:
+                raise
+            self.store.events.emit(MemoryTight(warning=str(error)))
 
     def close(self, *, patient: bool = True) -> None:
         """Let go; the last user's call closes everything, see `Saver.close`. Not collective."""

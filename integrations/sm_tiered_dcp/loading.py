@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from sm_tiered.records import Item, Record
+from sm_tiered.nearest import ItemSource, Sources
 from sm_tiered.sources import Span
 from sm_tiered.voted_load import Read
 from sm_tiered_dcp.tensor_reads import place, ranges
 
-__all__ = ["ItemSource", "PartStream", "Sources", "read_plan_spans", "read_tensor", "read_value"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ItemSource:
-    """Where one stored chunk or value stands."""
-
-    rank: int
-    item: Item
-
-
-class Sources:
-    """Every stored item of a candidate by name and offsets, each at the nearest part that holds it."""
-
-    def __init__(self, records: Sequence[Record], near: frozenset[int]) -> None:
-        self._found: dict[tuple[str, tuple[int, ...]], ItemSource] = {}
-        self._ranks: dict[tuple[str, tuple[int, ...]], int] = {}
-        for record in records:
-            replicas = {part.name for part in record.parts if part.replica}
-            for item in record.items:
-                self._offer(ItemSource(rank=record.rank, item=item), item.part in replicas, record.rank in near)
-
-    def _offer(self, source: ItemSource, replica: bool, near: bool) -> None:
-        # A main part here, a replica here, a main part elsewhere; a replica elsewhere can't be reached at all.
-        order = (0 if near else 2) + replica
-        key = (source.item.fqn, source.item.offsets)
-        if order < 3 and order < self._ranks.get(key, 3):
-            self._found[key], self._ranks[key] = source, order
-
-    def get(self, fqn: str, offsets: tuple[int, ...] = ()) -> ItemSource:
-        """Return where a chunk of a tensor, or a Python value, stands."""
-        return self._found[fqn, offsets]
+__all__ = ["PartStream", "read_plan_spans", "read_tensor", "read_value"]
 
 
 def source_of(sources: Sources, request: ReadItem) -> ItemSource:

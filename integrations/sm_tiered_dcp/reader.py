@@ -16,12 +16,13 @@ from torch.futures import Future
 from sm_tiered import layout
 from sm_tiered.checksum import CHUNK_BYTES
 from sm_tiered.errors import CheckpointNotFoundError, RestoreError
+from sm_tiered.nearest import ItemSource, Sources
 from sm_tiered.resolve import Candidate
 from sm_tiered.sources import Span, open_part, touched_chunks
 from sm_tiered.voted_load import Opened, Read
 from sm_tiered_dcp.engine import Engine, Lease, RecipeLike, open_engine
 from sm_tiered_dcp.finisher import metadata_from_records
-from sm_tiered_dcp.loading import ItemSource, Sources, read_plan_spans, read_tensor, read_value, source_of
+from sm_tiered_dcp.loading import read_plan_spans, read_tensor, read_value, source_of
 from sm_tiered_dcp.values import load_value
 from sm_tiered_dcp.writer import step_of
 

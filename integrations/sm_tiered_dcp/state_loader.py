@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from sm_tiered import layout
 from sm_tiered.errors import ConfigError, MismatchError, RestoreError, StructureError
 from sm_tiered.group import Group
+from sm_tiered.nearest import ItemSource, Sources
 from sm_tiered.records import CheckpointId, Item
 from sm_tiered.resolve import Candidate
 from sm_tiered.settings import Settings
@@ -18,7 +19,7 @@ from sm_tiered.sources import Span
 from sm_tiered.voted_load import Read
 from sm_tiered_dcp.finisher import metadata_from_records
 from sm_tiered_dcp.leaves import PER_RANK, check_state
-from sm_tiered_dcp.loading import ItemSource, PartStream, Sources, read_plan_spans, read_tensor, read_value, source_of
+from sm_tiered_dcp.loading import PartStream, read_plan_spans, read_tensor, read_value, source_of
 from sm_tiered_dcp.target import Stored, Target
 from sm_tiered_dcp.values import load_stream, load_value
 

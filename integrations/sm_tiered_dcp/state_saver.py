@@ -11,17 +11,17 @@ import torch
 
 from sm_tiered import layout
 from sm_tiered.agreement import Agreement, Request
-from sm_tiered.errors import ConfigError, StructureError, TieredError, TierFullError
-from sm_tiered.events import MemoryTight, StructureReplanned
+from sm_tiered.errors import StructureError, TieredError
+from sm_tiered.events import StructureReplanned
 from sm_tiered.handle import SaveHandle
 from sm_tiered.parts import PartSource
 from sm_tiered_dcp.archive import Packed, Packer
-from sm_tiered_dcp.archive_part import ArchivePart
 from sm_tiered_dcp.collector import collector_paused
 from sm_tiered_dcp.dcp_parts import BytesPart, ValueEntry
 from sm_tiered_dcp.engine import Engine
 from sm_tiered_dcp.fingerprints import fingerprint
 from sm_tiered_dcp.leaves import Stateful
+from sm_tiered_dcp.packed_part import PackedPart
 from sm_tiered_dcp.planning import KEPT_VALUES_PART, VALUES_PART, TensorPlan, plan_tensors
 from sm_tiered_dcp.tree import Flat, flatten, signature, values_signature
 from sm_tiered_dcp.values import dump_value
@@ -188,13 +188,7 @@ class StateSaver:
         sizes = [part.layout.size for part in self.plan.parts]
         sizes += self._planned_archives.values()
         self._signature, self.last_size = taken.signature, max(sizes, default=0)
-        try:
-            engine.store.make_room(sizes)
-        except (ConfigError, TierFullError) as error:
-            if first:
-                raise
-            # In the middle of a training a save that finds no room is streamed, or skipped and told.
-            engine.store.events.emit(MemoryTight(warning=str(error)))
+        engine.make_room(sizes, first=first)
         if step is not None and not first:
             reason = "an archive outgrew its room" if grown else "names, shapes, dtypes or placements changed"
             engine.store.events.emit(StructureReplanned(step=step, reason=reason))
@@ -249,7 +243,7 @@ class StateSaver:
         rank = self.engine.group.rank
         for index, (fqn, packed) in enumerate(taken.archives.items()):
             name, path = layout.part_name(rank, index, "ckpt"), taken.flat.archives[fqn].path
-            yield ArchivePart(name=name, fqn=fqn, path=path, packed=packed, replica=rank != 0)
+            yield PackedPart(name=name, fqn=fqn, path=path, packed=packed, replica=rank != 0)
 
 
 def _made(state: Any) -> Any:

@@ -28,9 +28,9 @@ from sm_tiered.errors import (
 )
 from sm_tiered_dcp import Archive, TieredCheckpointer, archive, frames
 from sm_tiered_dcp.archive import Packed, Packer
-from sm_tiered_dcp.archive_part import ArchivePart
 from sm_tiered_dcp.dcp_parts import TensorEntry, layout_tensors
 from sm_tiered_dcp.marks import MARK
+from sm_tiered_dcp.packed_part import PackedPart
 from sm_tiered_dcp.tensor_reads import _DTYPES
 from tests.distributed.dcp_jobs import bits, recipe, step_dir
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 def written(packed: Packed, cache: dict[object, object] | None = None, buffer: bytearray | None = None) -> bytes:
     """Return the file, written as into a mapping."""
-    part = ArchivePart(name="__0_0.ckpt", fqn="checkpoint", path=("checkpoint",), packed=packed)
+    part = PackedPart(name="__0_0.ckpt", fqn="checkpoint", path=("checkpoint",), packed=packed)
     buffer = bytearray(b"\xaa" * part.size) if buffer is None else buffer
     part.write(memoryview(buffer), {} if cache is None else cache)
     assert b"".join(bytes(piece) for piece in part.chunks()) == bytes(buffer), "streamed, it is another file"
@@ -282,7 +282,7 @@ def test_a_slot_that_held_tensors_by_name_or_an_archive_is_framed_anew_for_the_o
         layout.source([tensors["w"]]).write(memoryview(buffer)[: layout.size], cache)
         assert torch.equal(torch.load(io.BytesIO(buffer[: layout.size]), weights_only=True), tensors["w"])
         packed = pack(tensors, "x", allow_pickle=False)
-        part = ArchivePart(name="__0_0.ckpt", fqn="x", path=("x",), packed=packed)
+        part = PackedPart(name="__0_0.ckpt", fqn="x", path=("x",), packed=packed)
         part.write(memoryview(buffer)[: part.size], cache)
         assert torch.equal(loaded(bytes(buffer[: part.size]))["w"], tensors["w"])
 

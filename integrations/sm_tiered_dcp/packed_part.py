@@ -1,4 +1,4 @@
-"""An archive as a part of a checkpoint."""
+"""What is packed, a frame and the live tensors that fill it, as a part of a checkpoint: one file of its own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from sm_tiered.records import Item, ItemTable
 from sm_tiered_dcp.archive import Packed
 from sm_tiered_dcp.copies import Piece, copy_tensors, in_chunks, kept_views
 
-__all__ = ["ArchivePart"]
+__all__ = ["PackedPart", "whole_file"]
+
+
+def whole_file(name: str, fqn: str, path: tuple[str | int, ...], size: int) -> ItemTable:
+    """Return the items of a part that is one value, called *fqn*: all of it, *size* bytes."""
+    return ItemTable(items=(Item(fqn=fqn, path=path, part=name, offset=0, length=size),))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ArchivePart:
+class PackedPart:
     """One file of its own, which is also a DCP value: stock readers find it as such. A `sm_tiered.parts.PartSource`."""
 
     name: str
@@ -33,9 +38,7 @@ class ArchivePart:
     @property
     def table(self) -> ItemTable:
         """The one item: all of the file."""
-        return ItemTable(
-            items=(Item(fqn=self.fqn, path=self.path, part=self.name, offset=0, length=self.packed.frame.size),)
-        )
+        return whole_file(self.name, self.fqn, self.path, self.size)
 
     def write(self, buffer: memoryview, cache: dict[object, object]) -> None:
         """Fill *buffer*. Tensors that view it stay in *cache*: drop that before the mapping behind is closed."""

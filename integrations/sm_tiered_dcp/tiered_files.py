@@ -1,0 +1,108 @@
+"""`TieredFiles`: a training loop's checkpoints as whole files, for programs that have formats of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sm_tiered import layout
+from sm_tiered.file_loader import FileLoader, Get
+from sm_tiered_dcp.engine import Engine
+from sm_tiered_dcp.file_saver import FileSaver, TakeFiles
+from sm_tiered_dcp.loop import SaveLoop
+
+__all__ = ["TieredFiles"]
+
+
+def _accept(get: Get) -> None:
+    """Nothing to look at."""
+
+
+class TieredFiles(SaveLoop[TakeFiles]):
+    """Checkpoints of one job whose content is files: what one program writes, another reads, under the same names.
+
+    What is saved is a function that is given the step and returns a `FileSet`; see `SaveLoop` for the rest.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Use `from_recipe`."""
+        super().__init__(engine)
+        self._kept: FileLoader | None = None
+
+    def _make_saver(self, engine: Engine) -> FileSaver:
+        return FileSaver(engine)
+
+    def restore(
+        self,
+        use: Callable[[Path], None],
+        step: int | None = None,
+        *,
+        called: Callable[[int], str] = str,
+        inspect: Callable[[Get], None] = _accept,
+        first: Sequence[str] = (),
+        keep: bool = False,
+    ) -> int | None:
+        """Call *use* with a directory that holds the files of the newest complete, verified checkpoint, or of *step*.
+
+        Return its step; None when nothing was ever saved. Each node has every file once; a rank's own files are seen
+        by that rank alone. The directory is only to be read, and gone when this returns. Collective.
+
+        Args:
+            use: reads the directory. What it raises is raised on all ranks, as a RestoreIncompleteError.
+            step: this step instead of the newest; what was saved after it is left behind.
+            called: the last segment of the directory's path, by step.
+            inspect: called before *use*, before anything is changed, with a function that returns one of the files
+                named in *first*; a MismatchError that it raises is raised on all ranks.
+            first: see *inspect*.
+            keep: leave the directory until `let_go`, the next restore or the end.
+
+        Raises:
+            CheckpointNotFoundError: no tier has *step*.
+            MismatchError: *inspect* refused; or the checkpoint holds no files, or those of another number of ranks.
+            TierUnavailableError: a tier did not answer, so what is newest can't be known.
+            NothingRestorableError: checkpoints exist and none can be restored.
+            RestoreIncompleteError: *use* failed: the state must not be used.
+        """
+        engine, wanted = self._open, layout.check_step(step) if step is not None else None
+        store = engine.store
+        self.let_go()
+        engine.saver.quiesce()
+        loader = FileLoader(
+            use,
+            group=engine.group,
+            here=store.ranks_here,
+            base=Path(store.tiers.memory.root) if store.tiers.memory is not None else None,
+            called=called,
+            inspect=inspect,
+            first=first,
+            resized=engine.settings.allow_partial,
+        )
+        try:
+            self.restored = store.restore(loader, step=wanted, room=loader.room)
+        except BaseException:
+            loader.close()
+            raise
+        if self.restored is None or not keep:
+            loader.close()
+        else:
+            self._kept = loader
+        if self.restored is None:
+            return None
+        engine.schedule.started_from(self.restored.step)
+        return self.restored.step
+
+    def let_go(self) -> None:
+        """Remove the directory that the last restore has kept. Not collective."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()
+
+    def close(self) -> None:
+        """See `SaveLoop.close`."""
+        self.let_go()
+        super().close()
+
+    def abandon(self) -> None:
+        """See `SaveLoop.abandon`."""
+        self.let_go()
+        super().abandon()
