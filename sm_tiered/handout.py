@@ -126,5 +126,6 @@ def _remove_empty(directory: str) -> None:
 
 
 def remove_leftovers(base: Path) -> None:
-    """Remove below *base* what trainers left there that are no more."""
-    shutil.rmtree(base / layout.RESTORED, ignore_errors=True)
+    """Remove below *base* what trainers left there that are no more: directories of theirs, and files on their way."""
+    for name in (layout.RESTORED, layout.STAGING):
+        shutil.rmtree(base / name, ignore_errors=True)

@@ -7,7 +7,7 @@ Every name that comes from outside (a listing, a record, a user) is parsed here 
             __<rank>_<n>.distcp  __<rank>_<n>.ckpt  record-<5 digits>.json  .metadata  index.json  manifest.json
             model.safetensors  rank_00001/loader.bin …  files-<5 digits>.json    what another program named
         attempts/<attempt>.json  pins/  events/
-        .arena/  .queue/  .locks/  .restored/       memory tier only
+        .arena/  .queue/  .locks/  .restored/  .staging/       memory tier only
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "METADATA",
     "QUEUE",
     "RESTORED",
+    "STAGING",
     "PartName",
     "ack_counter",
     "attempt_key",
@@ -68,6 +69,8 @@ CONDITIONS = "conditions"
 """What a durable tier is tried with before an attempt's first commit; its content means nothing."""
 EVENTS = "events"
 RESTORED = ".restored"
+STAGING = ".staging"
+"""These two: files of another program on their way out and in."""
 ARENA = ".arena"
 QUEUE = ".queue"
 LOCKS = ".locks"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from sm_tiered import layout
@@ -90,6 +92,19 @@ class TieredFiles(SaveLoop[TakeFiles]):
             return None
         engine.schedule.started_from(self.restored.step)
         return self.restored.step
+
+    @contextmanager
+    def staging(self) -> Generator[Path, None, None]:
+        """Give a directory of this rank's own, in memory if the recipe has such a tier, for files that are to be saved.
+
+        It is gone afterwards. Not collective.
+        """
+        memory = self._open.store.tiers.memory
+        base = Path(memory.root) / layout.STAGING if memory is not None else None
+        if base is not None:
+            base.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"rank-{self.rank:05d}-", dir=base) as directory:
+            yield Path(directory)
 
     def let_go(self) -> None:
         """Remove the directory that the last restore has kept. Not collective."""

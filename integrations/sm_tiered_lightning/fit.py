@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sm_tiered.errors import ConfigError, TieredError
+from sm_tiered.figures import left_out
 from sm_tiered.handle import SaveHandle
 from sm_tiered_lightning.lookahead import Lookahead
 from sm_tiered_lightning.metrics import Metrics
@@ -17,7 +18,7 @@ from sm_tiered_lightning.moments import Moments, stop
 from sm_tiered_lightning.overrides import Overrides
 from sm_tiered_lightning.paths import Paths
 from sm_tiered_lightning.post_mortem import PostMortem
-from sm_tiered_lightning.report import Report, left_out
+from sm_tiered_lightning.report import Report
 from sm_tiered_lightning.resume import loaders_made, resume
 from sm_tiered_lightning.serving import shards
 from sm_tiered_lightning.session import Session, Snapshot

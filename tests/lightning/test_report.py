@@ -28,8 +28,8 @@ def test_where_nobody_is_left_to_ask_a_report_waits(monkeypatch: Any) -> None:
     handle.add("memory", TierState(look), 1.0)
     handle.add("durable", TierState(look), 1.0)
     trainer: Any = Trainer()
-    report = Report(trainer, None, "memory")
     monkeypatch.setattr(Report, "_log", lambda *_: None)
+    report = Report(trainer, None, "memory")
     report.saved(handle)
     report.look(5)
     report.waiting()
@@ -39,18 +39,20 @@ def test_where_nobody_is_left_to_ask_a_report_waits(monkeypatch: Any) -> None:
 def test_a_save_that_comes_to_one_more_tier_is_the_same_save(monkeypatch: Any) -> None:
     told: list[dict[str, float]] = []
     trainer: Any = Trainer()
+    monkeypatch.setattr(Report, "_log", lambda _, found: told.append(dict(found)))
     report = Report(trainer, None, "memory")
-    monkeypatch.setattr(Report, "_log", lambda _, found: told.append(found))
     handle, durable = SaveHandle(step=4, nudge=lambda: None), TierState()
     handle.add("memory", TierState(), 1.0)
     report.saved(handle)
     handle.add("durable", durable, 1.0)
     report.saved(handle)
     report.saved(handle)
-    assert [set(found) for found in told] == [{"blocked_secs", "saved_bytes", "memory_step"}]
+    assert [set(found) for found in told] == [
+        {"sm_tiered/blocked_secs", "sm_tiered/saved_bytes", "sm_tiered/memory_step"}
+    ]
     durable.settle(None)
     report.look(5)
-    assert told[1:] == [{"durable_step": 4, "drain_lag_steps": 1}]
+    assert told[1:] == [{"sm_tiered/durable_step": 4, "sm_tiered/drain_lag_steps": 1}]
 
 
 def test_going_back_forgets_a_best_that_came_later() -> None:
