@@ -62,12 +62,13 @@ class Worker:
         """
         self._polls.append(_Poll(look, to_the_end, *pause_secs))
 
-    def quiesce(self, timeout_secs: float) -> None:
-        """Wait until all that was submitted is done, at most so long."""
-        if self._thread is not None:
-            done = threading.Event()
-            self.submit(done.set)
-            done.wait(timeout_secs)
+    def quiesce(self, timeout_secs: float) -> bool:
+        """Wait until all that was submitted is done, at most so long; return whether it is."""
+        if self._thread is None:
+            return True
+        done = threading.Event()
+        self.submit(done.set)
+        return done.wait(timeout_secs)
 
     def close(self, timeout_secs: float = 60.0, *, patient: bool = True) -> None:
         """Run what is queued, give up the polls but, if *patient*, those that are `to_the_end`, end the thread."""

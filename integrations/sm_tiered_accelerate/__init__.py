@@ -6,17 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sm_tiered_accelerate.attach import TieredAccelerator, attach
+    from sm_tiered_accelerate.attached import TieredAccelerator, attach
     from sm_tiered_accelerate.hooks import TieredHooks
     from sm_tiered_accelerate.trainer import TieredTrainerCallback
 
 __all__ = ["TieredAccelerator", "TieredHooks", "TieredTrainerCallback", "attach"]
 
 _HOMES = {
-    "TieredAccelerator": "attach",
+    "TieredAccelerator": "attached",
     "TieredHooks": "hooks",
     "TieredTrainerCallback": "trainer",
-    "attach": "attach",
+    "attach": "attached",
 }
 
 

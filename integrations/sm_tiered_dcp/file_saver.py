@@ -21,7 +21,7 @@ from sm_tiered_dcp.frames import Frame
 from sm_tiered_dcp.packed_part import PackedPart
 from sm_tiered_dcp.safetensors_frame import pack_safetensors
 
-__all__ = ["FileSaver", "TakeFiles"]
+__all__ = ["FileSaver", "Saved", "TakeFiles"]
 
 TakeFiles = Callable[[int], FileSet]
 """Given the step, returns what this rank saves of it; called on all ranks together."""
@@ -32,11 +32,23 @@ _WITH_SLACK = 16 / 15
 """So much more than planned still goes into a file of the arena."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """Where one rank's files of a save stand in a tier."""
+
+    directory: str
+    """Relative to the namespace."""
+    names: tuple[str, ...]
+    """Of what is stored, not of what is kept for the node besides."""
+
+
 @dataclass(slots=True)
 class FileSaver:
     """Packs files for one engine; knows the sizes that room was made for."""
 
     engine: Engine
+    newest: Saved | None = None
+    """What this rank saved last."""
     _names: frozenset[str] = frozenset()
     """Those of the last plan."""
     _is_planned: bool = False
@@ -80,7 +92,10 @@ class FileSaver:
                     parts = self._plan(taken, step)
                     in_memory = agreement.in_memory and not self.engine.store.over_budget
                     agreement = replace(agreement, in_memory=in_memory)
-                return self.engine.saver.save(agreement, parts, metrics=metrics or {}, begun=begun)
+                handle = self.engine.saver.save(agreement, parts, metrics=metrics or {}, begun=begun)
+                names = tuple(part.name for part in parts if not part.replica)
+                self.newest = Saved(directory=layout.checkpoint_dir(agreement.checkpoint), names=names)
+                return handle
             finally:
                 if taken is not None:
                     taken.release()

@@ -12,6 +12,7 @@ from sm_tiered.events import Preempted
 from sm_tiered.handle import SaveHandle
 from sm_tiered.policies.context import Need, check_metrics
 from sm_tiered.restore import Restored
+from sm_tiered.schedule import Due
 from sm_tiered_dcp.engine import Engine, RecipeLike, open_engine
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class SaveLoop(Generic[_Content]):
 
     @property
     def preempted(self) -> bool:
-        """Whether a SIGTERM had come to any rank by the last `maybe_save`: the same on every rank.
+        """Whether a SIGTERM had come to any rank by the last `maybe_save` or `ask`: the same on every rank.
 
         So all can stop on it. False for ever where no policy of the recipe waits for one.
         """
@@ -124,13 +125,50 @@ class SaveLoop(Generic[_Content]):
         engine = self._open
         step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
         self._last = (step, state, found)
+        due = self.ask(step, metrics=found, epochs_ended=epochs_ended)
+        return self.save_due(step, state, due, metrics=found)
+
+    def ask(
+        self,
+        step: int,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        epochs_ended: int | None = None,
+        ending: bool = False,
+    ) -> Due:
+        """Return the tiers whose policy wants *step*: for a loop that has its state only later. Collective.
+
+        Call it once a step, on every rank, in the place of `maybe_save`, and `save_due` where a tier is due. What is
+        asked about so, `finish` does not know: *ending* says that the training ends with this step.
+        """
+        engine = self._open
+        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
         ended = layout.check_step(epochs_ended, name="epochs_ended") if epochs_ended is not None else None
-        due = engine.schedule.due(step, metrics=found, epochs_ended=ended)
+        due = engine.schedule.due(step, metrics=found, epochs_ended=ended, ending=ending)
         if due.preempted:
             engine.store.events.emit(Preempted(step=step))
+        return due
+
+    def save_due(
+        self,
+        step: int,
+        state: _Content,
+        due: Due,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        urgent: bool = False,
+    ) -> SaveHandle | None:
+        """Save *state* as *step* to the tiers that are *due*, as `ask` said; None when none is. Collective.
+
+        *urgent*: durable tiers are queued even behind a step that is still draining, as they are after a SIGTERM.
+
+        Raises: see `save`.
+        """
+        engine = self._open
+        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
         if not due.tiers:
             return None
-        return self._save(step, state, tuple(sorted(due.tiers)), found, urgent=due.preempted)
+        return self._save(step, state, tuple(sorted(due.tiers)), found, urgent=urgent or due.preempted)
 
     def save(
         self,

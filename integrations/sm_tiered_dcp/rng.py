@@ -54,7 +54,7 @@ class RngState:
 
 
 def _to_bytes(state: torch.Tensor) -> bytes:
-    return bytes(cast("Any", state).tolist())
+    return cast("Any", state).numpy().tobytes()
 
 
 def _to_tensor(state: bytes) -> torch.Tensor:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sm_tiered import layout
 from sm_tiered.file_loader import FileLoader, Get
+from sm_tiered.settings import Settings
+from sm_tiered.tiers.memory import MemoryTier
 from sm_tiered_dcp.engine import Engine
-from sm_tiered_dcp.file_saver import FileSaver, TakeFiles
+from sm_tiered_dcp.file_saver import FileSaver, Saved, TakeFiles
 from sm_tiered_dcp.loop import SaveLoop
 
 __all__ = ["TieredFiles"]
@@ -30,9 +36,26 @@ class TieredFiles(SaveLoop[TakeFiles]):
         """Use `from_recipe`."""
         super().__init__(engine)
         self._kept: FileLoader | None = None
+        self._staging: Path | None = None
 
     def _make_saver(self, engine: Engine) -> FileSaver:
-        return FileSaver(engine)
+        self._file_saver = FileSaver(engine)
+        return self._file_saver
+
+    @property
+    def settings(self) -> Settings:
+        """The recipe, resolved."""
+        return self._open.settings
+
+    @property
+    def memory(self) -> MemoryTier | None:
+        """The memory tier of this node."""
+        return self._open.store.tiers.memory
+
+    @property
+    def newest(self) -> Saved | None:
+        """What this rank saved last, and where it stands in the tiers."""
+        return self._file_saver.newest
 
     def restore(
         self,
@@ -99,12 +122,52 @@ class TieredFiles(SaveLoop[TakeFiles]):
 
         It is gone afterwards. Not collective.
         """
-        memory = self._open.store.tiers.memory
-        base = Path(memory.root) / layout.STAGING if memory is not None else None
-        if base is not None:
-            base.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"rank-{self.rank:05d}-", dir=base) as directory:
+        with tempfile.TemporaryDirectory(prefix=f"rank-{self.rank:05d}-", dir=self._staging_base()) as directory:
             yield Path(directory)
+
+    def _staging_base(self) -> Path | None:
+        if self.memory is None:
+            return None
+        base = Path(self.memory.root) / layout.STAGING
+        base.mkdir(mode=0o700, exist_ok=True)
+        return base
+
+    def staging_here(self) -> Path:
+        """Return a directory that all of `ranks_here` have for files that are to be saved, until the end. Collective.
+
+        It is in memory if the recipe has such a tier. Empty it as you go: what still is in it goes with the next one,
+        or with the next launch.
+        """
+        token = str(self.gather(secrets.token_hex(8))[0])
+        self._remove_staging(full=self.rank == self.ranks_here[0])  # all ranks are here, and nobody writes
+        base = self._staging_base()
+        if base is None:
+            self._staging = Path(tempfile.mkdtemp(prefix="sm_tiered-staging-"))
+        else:
+            self._staging = base / token
+            self._staging.mkdir(mode=0o700, exist_ok=True)
+        return self._staging
+
+    def _remove_staging(self, *, full: bool) -> None:
+        staging, self._staging = self._staging, None
+        if staging is None:
+            return
+        if full:
+            shutil.rmtree(staging, ignore_errors=True)
+            return
+        for directory, _, _ in os.walk(staging, topdown=False):
+            # Other ranks may not be done with theirs.
+            with suppress(OSError):
+                os.rmdir(directory)
+
+    @property
+    def ranks_here(self) -> tuple[int, ...]:
+        """The ranks that share this node's memory tier, ascending; this one alone where there is none."""
+        return self._open.store.ranks_here
+
+    def gather(self, value: object) -> list[Any]:
+        """Return every rank's *value*, in rank order. Collective."""
+        return self._open.group.gather(value)
 
     def let_go(self) -> None:
         """Remove the directory that the last restore has kept. Not collective."""
@@ -114,10 +177,15 @@ class TieredFiles(SaveLoop[TakeFiles]):
 
     def close(self) -> None:
         """See `SaveLoop.close`."""
-        self.let_go()
+        self._leave()
         super().close()
 
     def abandon(self) -> None:
         """See `SaveLoop.abandon`."""
-        self.let_go()
+        self._leave()
         super().abandon()
+
+    def _leave(self) -> None:
+        self.let_go()
+        if self._staging is not None:
+            self._remove_staging(full=len(self.ranks_here) == 1)
