@@ -32,7 +32,7 @@ from sm_tiered.launch import agree_on_launch, read_probe, wait_for_others
 from sm_tiered.line import Line
 from sm_tiered.queue import Queue
 from sm_tiered.records import CheckpointId
-from sm_tiered.resolve import Tiers, survey
+from sm_tiered.resolve import Survey, Tiers, survey
 from sm_tiered.restore import Restored, walk
 from sm_tiered.settings import MemorySettings, Settings
 from sm_tiered.sources import Place, Room
@@ -245,16 +245,27 @@ class Store:
         Raises:
             TierUnavailableError: a durable tier did not answer.
         """
-        found = survey(SoloGroup(), self.tiers)
-        for name, reason in found.unreachable.items():
-            raise TierUnavailableError(f"can't tell what is newest: {reason}", tier=name)
-        for checkpoint in found.candidates:
+        for checkpoint in self._survey(SoloGroup()).candidates:
             if self.tiers.memory and read_holding(self.tiers.memory, checkpoint, durable=False).problem is None:
                 return checkpoint.step
             for tier in self.tiers.durable.values():
                 if read_holding(tier, checkpoint, durable=True).problem is None:
                     return checkpoint.step
         return None
+
+    def unused_step(self) -> int:
+        """Return a step above all that any rank sees on any tier, complete or not. Collective.
+
+        Raises:
+            TierUnavailableError: a durable tier did not answer.
+        """
+        return 1 + max((checkpoint.step for checkpoint in self._survey(self.group).found), default=-1)
+
+    def _survey(self, group: Group) -> Survey:
+        found = survey(group, self.tiers)
+        for name, reason in found.unreachable.items():
+            raise TierUnavailableError(f"can't tell what is newest: {reason}", tier=name)
+        return found
 
     # ---- saving
 

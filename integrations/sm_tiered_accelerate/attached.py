@@ -64,7 +64,7 @@ class TieredAccelerator:
 
     def __init__(self, accelerator: Accelerator, files: TieredFiles) -> None:
         """Use `attach`."""
-        self._accelerator, self._files = accelerator, files
+        self._accelerator, self._files, self._settings = accelerator, files, files.settings
         self._stock = Stock(accelerator)
         memory = files.memory
         self._copies = Copies(memory) if memory is not None else None
@@ -196,7 +196,7 @@ class TieredAccelerator:
     ) -> Path:
         """`Accelerator.save_state` through the tiers; returns a directory, as that does."""
         automatic = self._accelerator.project_configuration.automatic_checkpoint_naming
-        where = destination(None if automatic else output_dir, self._files.settings)
+        where = destination(None if automatic else output_dir, self._settings)
         self._deliver()
         step = self._next_step()
 
@@ -220,10 +220,10 @@ class TieredAccelerator:
         if input_dir is not None and not is_s3(os.fspath(input_dir)):
             self._stock.load(input_dir, load_kwargs, **load_model_func_kwargs)
             return
-        step = wanted_step(os.fspath(input_dir), self._files.settings) if input_dir is not None else None
+        step = wanted_step(os.fspath(input_dir), self._settings) if input_dir is not None else None
         if self._load(step, load_kwargs, load_model_func_kwargs) is None:
             raise CheckpointNotFoundError(
-                f"nothing was ever saved in namespace {self._files.settings.namespace!r}",
+                f"nothing was ever saved in namespace {self._settings.namespace!r}",
                 hint="TieredAccelerator.restore() returns None here instead.",
             )
 
@@ -259,13 +259,13 @@ class TieredAccelerator:
     def _deliver(self) -> None:
         """What went wrong with copies is raised or told, as the recipe says of saves."""
         for error in self._copies.failures() if self._copies is not None else ():
-            if self._files.settings.on_error == "raise":
+            if self._settings.on_error == "raise":
                 raise error
             _logger.warning(f"sm_tiered: {error}", main_process_only=False)
 
     def _end_copies(self) -> None:
         if self._copies is not None:
-            self._copies.wait(self._files.settings.drain_timeout_secs)
+            self._copies.wait(self._settings.drain_timeout_secs)
             self._deliver()
 
     def _close_copies(self) -> None:

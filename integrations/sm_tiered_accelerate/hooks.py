@@ -22,8 +22,8 @@ __all__ = ["TieredHooks"]
 _FILE = "sm_tiered_weights.json"
 """Stands in Accelerate's directory, and says which checkpoint has the weights that belong to the rest in it."""
 _STAYS = (
-    "sm_tiered: with the hooks only the weights go through the tiers. Optimizers, schedulers, loaders, random states and "
-    "custom objects are written to {} by Accelerate, neither verified nor promoted: use attach() to save all of it."
+    "sm_tiered: with the hooks only the weights go through the tiers. Optimizers, schedulers, loaders, random states "
+    "and custom objects are written to {} by Accelerate, neither verified nor promoted: use attach() to save all of it."
 )
 
 
@@ -32,7 +32,7 @@ class TieredHooks:
 
     Accelerate calls a save hook with the models' weights, which it then does not write itself; all else it writes
     where it always does. A directory of Accelerate's and the step in the tiers belong together: what loads one loads
-    the other.
+    the other. To load an older one and go on from there leaves behind, in the tiers, what was saved after it.
     """
 
     def __init__(self, accelerator: Accelerator, recipe: RecipeLike) -> None:
@@ -49,7 +49,8 @@ class TieredHooks:
             )
         self._accelerator = accelerator
         self._checkpointer = TieredCheckpointer.from_recipe(recipe)
-        self._step: int | None = None
+        self._next: int | None = None
+        """Whatever is loaded in between, no step is used twice: a directory's is found by it."""
         self._warned = False
         self.handle: SaveHandle | None = None
         """Of the last save."""
@@ -59,11 +60,11 @@ class TieredHooks:
         if not self._warned:
             self._warned = True
             warnings.warn(_STAYS.format(output_dir), stacklevel=2)
-        step = self._next_step()
+        step = self._checkpointer.unused_step() if self._next is None else self._next
         self.handle = self._checkpointer.save(step, _state(weights))
-        self._step = step
+        self._next = step + 1
         weights.clear()
-        if self._accelerator.is_main_process:
+        if self._accelerator.is_local_main_process:
             # Last: a directory without it is one whose weights were not saved.
             (Path(output_dir) / _FILE).write_text(json.dumps({"step": step}))
 
@@ -82,12 +83,7 @@ class TieredHooks:
             )
         step = int(json.loads(path.read_text())["step"])
         self._checkpointer.restore(_state([model.state_dict() for model in models]), step)
-        self._step = step
         models.clear()
-
-    def _next_step(self) -> int:
-        latest = self._step if self._step is not None else self._checkpointer.latest()
-        return 0 if latest is None else latest + 1
 
     def wait(self, timeout: float | None = None) -> None:
         """See `TieredCheckpointer.wait`."""

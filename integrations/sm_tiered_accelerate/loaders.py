@@ -73,20 +73,18 @@ class _Watched:
         self._trained: dict[str, Any] | None = None
         """While one is resumed: the generators as the training left them."""
         self._stock: tuple[Callable[[], None], Callable[[], Any]] | None = None
-        stateful = getattr(loader, "use_stateful_dataloader", False) and self._base is not None
-        if stateful and hasattr(loader, "_update_state_dict"):
+        if getattr(loader, "use_stateful_dataloader", False) and hasattr(loader, "_update_state_dict"):
             # The first is called before each fetch, once the state of the batches until then is noted.
             self._stock = loader._update_state_dict, self._base.__iter__
             loader._update_state_dict = self._before_fetch
-            vars(self._base)["__iter__"] = self._begin
+            self._base.__iter__ = self._begin  # asked for by name, so that the instance's own is found
 
     def release(self) -> None:
         if self._stock is not None:
-            vars(self.loader).pop("_update_state_dict", None)
-            vars(self._base).pop("__iter__", None)
+            del self.loader._update_state_dict, self._base.__iter__
 
     def state(self) -> dict[str, Any]:
-        iteration: int | None = getattr(self.loader, "iteration", None)
+        iteration: Any = getattr(self.loader, "iteration", None)
         if self._ahead is None and iteration == self._iteration:
             iteration += 1  # its last batch was given: Accelerate counts it when it is asked for one more
         return {
@@ -160,5 +158,5 @@ def _draw_the_order(iterator: Any) -> None:
     order = getattr(iterator, "_sampler_iter", None)
     if order is None or hasattr(order, "state_dict"):
         return  # another release of torchdata, or a sampler that has a state
-    first = list(itertools.islice(order, 1))
+    first: list[Any] = list(itertools.islice(order, 1))
     iterator._sampler_iter = itertools.chain(first, order)

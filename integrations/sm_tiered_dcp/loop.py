@@ -248,6 +248,14 @@ class SaveLoop(Generic[_Content]):
         """
         return self._open.store.latest()
 
+    def unused_step(self) -> int:
+        """Return a step above all that any rank sees on any tier, complete or not. Collective.
+
+        Raises:
+            TierUnavailableError: a durable tier did not answer.
+        """
+        return self._open.store.unused_step()
+
     def wait(self, timeout: float | None = None) -> None:
         """Wait until every save has ended on every tier it was due for. Not collective.
 

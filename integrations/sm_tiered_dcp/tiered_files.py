@@ -26,6 +26,22 @@ def _accept(get: Get) -> None:
     """Nothing to look at."""
 
 
+def _everybodys(name: str) -> int | None:
+    """Files are for all ranks, whatever they are called."""
+
+
+class _NodeLoader(FileLoader):
+    """Brings a node what its own ranks read."""
+
+    def __init__(self, use: Callable[[Path], None], *, whose: Callable[[str], int | None], **given: Any) -> None:
+        super().__init__(use, **given)
+        self._whose = whose
+
+    def _shared(self) -> list[str]:
+        readers = {name: self._whose(name) for name in super()._shared()}
+        return [name for name, rank in readers.items() if rank is None or rank in self._here]
+
+
 class TieredFiles(SaveLoop[TakeFiles]):
     """Checkpoints of one job whose content is files: what one program writes, another reads, under the same names.
 
@@ -65,6 +81,7 @@ class TieredFiles(SaveLoop[TakeFiles]):
         called: Callable[[int], str] = str,
         inspect: Callable[[Get], None] = _accept,
         first: Sequence[str] = (),
+        whose: Callable[[str], int | None] = _everybodys,
         keep: bool = False,
     ) -> int | None:
         """Call *use* with a directory that holds the files of the newest complete, verified checkpoint, or of *step*.
@@ -79,6 +96,8 @@ class TieredFiles(SaveLoop[TakeFiles]):
             inspect: called before *use*, before anything is changed, with a function that returns one of the files
                 named in *first*; a MismatchError that it raises is raised on all ranks.
             first: see *inspect*.
+            whose: of a file that one rank alone reads, that rank: other nodes do without it. Each node's memory has
+                only what its own ranks wrote.
             keep: leave the directory until `let_go`, the next restore or the end.
 
         Raises:
@@ -92,8 +111,9 @@ class TieredFiles(SaveLoop[TakeFiles]):
         store = engine.store
         self.let_go()
         engine.saver.quiesce()
-        loader = FileLoader(
+        loader = _NodeLoader(
             use,
+            whose=whose,
             group=engine.group,
             here=store.ranks_here,
             base=Path(store.tiers.memory.root) if store.tiers.memory is not None else None,

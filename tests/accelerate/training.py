@@ -85,7 +85,8 @@ class Training:
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()
-                self.average.values.append(self.accelerator.gather(loss.detach()).mean().item())
+                mean: Any = self.accelerator.gather(loss.detach())
+                self.average.values.append(mean.mean().item())
                 yield loss.item(), self.accelerator.sync_gradients
 
     def weights(self) -> Any:

@@ -34,7 +34,6 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = (
     *("pytest", "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"),
     *("sm_tiered_dcp.checkpointer", "sm_tiered_dcp.writer", "sm_tiered_dcp.reader", "sm_tiered_dcp.state"),
-    *("accelerate", "torchdata.stateful_dataloader", "sm_tiered_accelerate.attached"),
     *("torch._dynamo", "sm_tiered.tiers.s3", "sm_tiered.recipe", "torch.distributed.checkpoint.format_utils"),
 )
 
