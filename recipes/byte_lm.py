@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-__all__ = ["ByteLM", "Corpus", "Size"]
+__all__ = ["SMALL", "ByteLM", "Corpus", "Size", "Windows"]
 
 _BYTES = 256
 
@@ -29,6 +30,10 @@ class Size:
     context: int = 64
     """Bytes that it sees at once."""
     dropout: float = 0.1
+
+
+SMALL = Size(width=64, layers=2, heads=2)
+"""For a look, and for tests."""
 
 
 class Block(nn.Module):
@@ -105,3 +110,17 @@ class Corpus:
         start = int(torch.randint(len(self.text) - size.context - 1, (1,), generator=generator))
         window = self.text[start : start + size.context + 1].long()
         return window[None, :-1], window[None, 1:]
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """The corpus, one window after the other."""
+
+    def __init__(self, context: int) -> None:
+        self.text, self.context = Corpus().text.long(), context
+
+    def __len__(self) -> int:
+        return (len(self.text) - 1) // self.context
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        window = self.text[index * self.context : (index + 1) * self.context + 1]
+        return window[:-1], window[1:]

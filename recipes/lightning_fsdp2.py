@@ -11,8 +11,8 @@ from pathlib import Path
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from byte_lm import Size
-from lightning_lm import SMALL, LightningLM
+from byte_lm import SMALL, Size
+from lightning_lm import LightningLM
 from sm_tiered_lightning import tiered
 
 

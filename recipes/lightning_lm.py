@@ -9,29 +9,12 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from byte_lm import ByteLM, Corpus, Size
+from byte_lm import ByteLM, Size, Windows
 
-__all__ = ["SMALL", "LightningLM"]
-
-SMALL = Size(width=64, layers=2, heads=2)
-
-
-class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """The corpus, one window after the other."""
-
-    def __init__(self, context: int) -> None:
-        self.text, self.context = Corpus().text.long(), context
-
-    def __len__(self) -> int:
-        return (len(self.text) - 1) // self.context
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        window = self.text[index * self.context : (index + 1) * self.context + 1]
-        return window[:-1], window[1:]
+__all__ = ["LightningLM"]
 
 
 class LightningLM(LightningModule):

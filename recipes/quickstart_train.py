@@ -17,13 +17,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from byte_lm import ByteLM, Corpus, Size
+from byte_lm import SMALL, ByteLM, Corpus, Size
 from fingerprint import fingerprint
 from journal import Journal
 from sm_tiered_dcp import RngState, TieredCheckpointer, TrainState
 
 SEED = 1729
-SMALL = Size(width=64, layers=2, heads=2)
 HERE = Path(__file__).parent
 
 

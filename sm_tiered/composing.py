@@ -68,4 +68,4 @@ class Composer:
         return True
 
     def _in_memory(self, checkpoint: CheckpointId) -> bool:
-        return self._store.arena is not None and checkpoint in self._store.arena.published()
+        return self._stager.holds(checkpoint)

@@ -98,6 +98,11 @@ class Stager:
         crashpoint("stage.after_copy")
         return staged
 
+    def holds(self, checkpoint: CheckpointId) -> bool:
+        """Return whether this rank's share of *checkpoint* is in memory."""
+        arena = self._store.arena
+        return arena is not None and (checkpoint in arena.published() or checkpoint in (self._small or ()))
+
     def _take_back_small(self) -> set[CheckpointId]:
         """Delete what nobody needs of the checkpoints of which this rank holds small files only; return the others.
 

@@ -203,6 +203,8 @@ def _metadata(first: Record, values: Mapping[str, _Value], directory_id: str) ->
     stored: dict[MetadataIndex, _StorageInfo] = {}
     paths: dict[str, _Path] = {}
     for name, value in values.items():
+        if any(item.is_file for item in value.chunks.values()):
+            continue  # another program's: DCP would unpickle it
         fqn = same.text(name)
         paths[fqn] = same.path(stock_path(value.path))
         if value.dtype is None:

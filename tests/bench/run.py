@@ -26,6 +26,7 @@ from timing import MIB
 _console = Console(stderr=True, highlight=False)
 _FEW, _MANY = 400, 4800
 _LIGHTNING = {"torch": "TorchCheckpointIO on a disk", "async": "AsyncCheckpointIO on a disk", "ours": "ours"}
+_ACCELERATE = {"disk": "stock on a disk", "tmpfs": "stock on tmpfs", "ours": "ours"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +214,28 @@ def _lightning_rows(figure: str, kind: str, found: dict[str, Any]) -> list[Row]:
     ]
 
 
+def accelerate(scale: Scale) -> list[Row]:
+    """What `Accelerator.save_state` costs, its own and through the tiers."""
+    rows: list[Row] = []
+    blocked: dict[str, float] = {}
+    for kind, name in _ACCELERATE.items():
+        runs = scale.runs if kind == "ours" else scale.rival_runs
+        found = _in_memory("accelerate_bench.saves", kind=kind, tensors=_FEW, size=scale.size, runs=runs)
+        copied, stock, waited = (statistics.median(found[part]) for part in ("copy", "stock", "blocked"))
+        blocked[kind] = waited / copied  # each against a copy beside it: the machine is not the same an hour later
+        row = _timed(f"save_state, {name}: blocked", found, "blocked")
+        if kind != "ours":
+            rows.append(row)
+            continue
+        rows.append(replace(row, must=_goal(1000 * (1.5 * copied + stock), "≤ 1.5× + Accelerate's own")))
+        rows.append(Row(figure="save_state, ours: of that, Accelerate's own code", value=_ms(stock), measured=stock))
+    for kind, must in (("disk", _goal(4, "≥ 4")), ("tmpfs", None)):
+        less = blocked[kind] / blocked["ours"]
+        figure = f"save_state, {_ACCELERATE[kind]}: blocked, against ours"
+        rows.append(Row(figure=figure, value=f"{less:.1f}", measured=less, must=must, at_least=True))
+    return rows
+
+
 def rivals(scale: Scale) -> list[Row]:
     """Torch's own ways with the same state."""
     rows: list[Row] = []
@@ -274,7 +297,7 @@ def _ms(secs: float) -> str:
 
 _SECTIONS: dict[str, Callable[[Scale], list[Row]]] = {
     function.__name__: function
-    for function in (save, first, state_dict, memory, restore, drain, loop, rivals, lightning)
+    for function in (save, first, state_dict, memory, restore, drain, loop, rivals, lightning, accelerate)
 }
 
 

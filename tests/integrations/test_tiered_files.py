@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from sm_tiered.errors import MismatchError, NothingRestorableError, StructureError
 from sm_tiered_dcp.files import BytesFile, DiskFile, FileSet, SafetensorsFile, TorchFile
@@ -86,6 +87,15 @@ def test_a_directory_of_each_tier_is_what_a_stock_program_reads(tmp_path: Path, 
             directory = step_dir(root, 7)
             assert torch.equal(load_file(directory / "model.safetensors")["w"], content(7)["w"])
             assert torch.load(directory / "optimizer.bin", weights_only=True)["lr"] == 0.1
+            assert not FileSystemReader(directory).read_metadata().state_dict_metadata, "DCP would unpickle these files"
+
+
+def test_small_files_alone_are_described_by_the_trainer_and_by_no_child(tmp_path: Path, memory_dir: Path) -> None:
+    with TieredFiles.from_recipe(recipe(tmp_path, memory_dir)) as tiered:
+        tiered.save(1, lambda step: FileSet(own={"x.bin": BytesFile(b"x")})).wait("disk")
+        assert (step_dir(memory_dir, 1) / "index.json").read_bytes() == (
+            step_dir(tmp_path / "disk", 1) / "index.json"
+        ).read_bytes()
 
 
 def test_files_in_memory_are_recycled_and_nothing_is_left(tmp_path: Path, memory_dir: Path) -> None:
@@ -121,7 +131,8 @@ def work(rank: int, which: dict[str, Any], first: int, last: int) -> list[Any]:
     with TieredFiles.from_recipe(which) as tiered:
         found.append(restored(tiered))
         for step in range(first, last):
-            tiered.save(step, lambda step: files(step, rank)).wait("disk")
+            tiers = None if step == last - 1 else ["memory"]
+            tiered.save(step, lambda step: files(step, rank), tiers).wait("memory")
     return found
 
 

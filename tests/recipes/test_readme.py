@@ -25,6 +25,12 @@ def blocks(kind: str) -> list[str]:
     return [text for found, text in BLOCKS if found == kind]
 
 
+def code(section: str, index: int = 0) -> str:
+    """The Python of a section."""
+    text = TEXT[TEXT.index(f"## {section}\n") :]
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[index]
+
+
 def commands() -> list[list[str]]:
     """Every command line in the shell blocks, without comments."""
     lines = [line for text in blocks("bash") for line in text.splitlines()]
@@ -62,7 +68,7 @@ def run(folder: Path, *words: str) -> str:
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.timeout(280)
 def test_the_code_and_the_commands_do_what_they_say(folder: Path) -> None:
-    loop, drop_in, _ = blocks("python")
+    loop, drop_in = code("The loop"), code("The loop", 1)
     # What is loaded must come from the checkpoint: the tensors are spoiled between the README's save and its load.
     saved, loaded = drop_in.split("dcp.load(")
     spoiled = f"{saved}tensors['weights'].fill_(-1)\ndcp.load({loaded}"
@@ -90,12 +96,31 @@ def test_the_code_and_the_commands_do_what_they_say(folder: Path) -> None:
 
 @pytest.mark.timeout(280)
 def test_the_lightning_training_goes_on_from_its_last_step(folder: Path) -> None:
-    *_, code = blocks("python")
-    assert "tiered://step/50" in code
-    run(folder, sys.executable, "-c", code)
-    longer = code.replace("max_steps=60", "max_steps=80")
+    training = code("Lightning")
+    assert "tiered://step/50" in training
+    run(folder, sys.executable, "-c", training)
+    longer = training.replace("max_steps=60", "max_steps=80")
     run(folder, sys.executable, "-c", f"{longer}\nassert trainer.global_step == 80\n")
     run(folder, sys.executable, "-c", f"{longer.replace('latest', 'step/50')}\nassert trainer.global_step == 80\n")
+
+
+@pytest.mark.timeout(280)
+def test_the_accelerate_training_goes_on_from_its_last_step(folder: Path) -> None:
+    training = code("Accelerate")
+    run(folder, sys.executable, "-c", f"{training}\nassert step == 100\nassert tiered.restored.step == 100\n")
+    run(folder, sys.executable, "-c", f"{training}\nassert step == 200\nassert tiered.restored.step == 200\n")
+
+
+@pytest.mark.timeout(280)
+def test_the_hugging_face_training_goes_on_from_its_last_step(folder: Path) -> None:
+    training = code("Hugging Face Trainer")
+    run(folder, sys.executable, "-c", training)
+    resumed = "trainer.train(resume_from_checkpoint=tiered.resolve())"
+    asked = (
+        "found = tiered.resolve()\nassert found.endswith('/checkpoint-60')\ntrainer.train(resume_from_checkpoint=found)"
+    )
+    longer = training.replace("max_steps=60", "max_steps=80").replace(resumed, asked)
+    run(folder, sys.executable, "-c", f"{longer}\nassert trainer.state.global_step == 80\n")
 
 
 def test_the_recipe_is_one_and_says_what_the_comments_say() -> None:
@@ -127,8 +152,7 @@ def test_every_file_and_name_of_the_tour_exists() -> None:
     files = set(re.findall(r"`([\w/]+\.py)`", tour))
     assert len(files) > 20
     for name in files:
-        rooms = ("sm_tiered", "integrations/sm_tiered_dcp", "integrations/sm_tiered_lightning")
-        places = [ROOT / room / name for room in rooms]
+        places = [ROOT / "sm_tiered" / name, *(ROOT / "integrations").glob(f"*/{name}")]
         assert any(place.is_file() for place in places), name
     for name in ("wait", "done", "exception"):
         assert f"handle.{name}(" in TEXT
