@@ -12,6 +12,7 @@ from sm_tiered.errors import MismatchError
 from sm_tiered.group import Group
 from sm_tiered.handout import Handout
 from sm_tiered.nearest import ItemSource, Sources
+from sm_tiered.records import Attempt
 from sm_tiered.resolve import Candidate
 from sm_tiered.sources import Span
 from sm_tiered.voted_load import Read
@@ -35,6 +36,8 @@ class FileLoader:
         called: Callable[[int], str],
         inspect: Callable[[Get], None],
         first: Sequence[str],
+        whose: Callable[[str], int | None],
+        attempt: Attempt | None,
         resized: bool,
     ) -> None:
         """Make one. Collective.
@@ -47,6 +50,8 @@ class FileLoader:
             called: the directory's name, by step.
             inspect: called before anything is placed, with what returns the files named in *first*; may refuse.
             first: names of files that every rank reads itself.
+            whose: of a file that one rank alone reads, that rank; nodes without it do without the file.
+            attempt: the one that the checkpoint must be of, if that matters.
             resized: whether a checkpoint of another number of ranks will do.
         """
         self._use, self._group, self._here, self._called = use, group, here, called
@@ -54,6 +59,7 @@ class FileLoader:
         token = str(group.gather(secrets.token_hex(8))[0])
         self._handout = Handout(base, group.rank, token)
         self.room = self._handout.room
+        self._whose, self._attempt = whose, attempt
         self._files: dict[str, ItemSource] = {}
         self._dealt = set[str]()
         """Of the files, those that this rank brings to its node."""
@@ -63,7 +69,7 @@ class FileLoader:
 
     def plan(self, candidate: Candidate) -> Mapping[tuple[int, str], Sequence[Span]]:
         """Return what this rank brings to its node: the ranks there share the files out, by size."""
-        self._handout.clear()
+        self._handout.open()
         nearest = Sources(candidate.records, candidate.near)
         self._files = {source.item.fqn: source for source in nearest if source.item.is_file}
         self._step = candidate.checkpoint.step
@@ -75,7 +81,12 @@ class FileLoader:
         return {(source.rank, source.item.part): [(0, source.item.length)] for source in sources}
 
     def _check(self, candidate: Candidate) -> None:
-        saved = len(candidate.records)
+        saved, found = len(candidate.records), candidate.checkpoint
+        if self._attempt is not None and found.attempt != self._attempt:
+            raise MismatchError(
+                f"the present timeline's step {found.step} is of attempt {found.attempt}, not of {self._attempt}",
+                hint="Leave the attempt out, or use a namespace of its own for what goes on from there.",
+            )
         if not self._files:
             raise MismatchError(
                 f"{candidate.checkpoint} holds a state, and no files under names of their own",
@@ -88,7 +99,9 @@ class FileLoader:
             )
 
     def _shared(self) -> list[str]:
-        return [name for name in self._files if layout.parse_own_name(name) is None]
+        """What the ranks of this node see alike."""
+        readers = {name: self._whose(name) for name in self._files if layout.parse_own_name(name) is None}
+        return [name for name, rank in readers.items() if rank is None or rank in self._here]
 
     def _own(self) -> dict[str, str]:
         """This rank's own files: where they stand, and what it calls them."""

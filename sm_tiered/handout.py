@@ -7,9 +7,11 @@ there is room, else on the disk. The ranks of a node share it; each has a view o
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from sm_tiered import layout
@@ -18,26 +20,34 @@ from sm_tiered.tiers.mapping import Mapping, allocate
 
 __all__ = ["Handout", "remove_leftovers"]
 
+_ON_DISK = "sm_tiered-restored-"
+
 
 class Handout:
     """One rank's side of it. Nothing is locked: files of the memory tier must be held by whoever made the links."""
 
     def __init__(self, base: Path | None, rank: int, token: str) -> None:
-        """Make it below *base*, a directory in this node's memory, else on the disk.
+        """Make it, at `open`, below *base*, a directory in this node's memory, else on the disk.
 
         *token* names it: the ranks of a node give the same.
         """
-        self._rank, self._made = rank, list[Path]()
-        self._root = base / layout.RESTORED / token if base is not None else self._on_disk()
-        self._shared = self._root / "shared"
-        self._view = self._root / f"rank-{rank:05d}"
+        self._base, self._rank, self._token = base, rank, token
+        self._made: list[Path] = []
+        """Files and links of this rank."""
+        self._disks: list[_DiskDirectory] = []
+
+    def open(self) -> None:
+        """Make the directories, or take back what stands there of another checkpoint."""
+        self._clear()
+        root = self._base / layout.RESTORED / self._token if self._base is not None else self._on_disk()
+        self._root, self._shared, self._view = root, root / "shared", root / f"rank-{self._rank:05d}"
         for directory in (self._shared, self._view):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _on_disk(self) -> Path:
-        path = Path(tempfile.mkdtemp(prefix="sm_tiered-restored-"))
-        self._made.append(path)
-        return path
+        if not self._disks:
+            self._disks.append(_DiskDirectory())
+        return self._disks[0].path
 
     def room(self, size: int) -> Place | None:
         """Return a new file of *size* bytes to fetch a part into; None where neither memory nor disk has room."""
@@ -97,23 +107,51 @@ class Handout:
         at.symlink_to(to)
         self._made.append(at)
 
-    def clear(self) -> None:
-        """Take back what this rank put there: another checkpoint is tried."""
+    def _clear(self) -> None:
         while self._made:
-            made = self._made.pop()
-            if made.is_dir() and not made.is_symlink():
-                continue
-            made.unlink(missing_ok=True)
+            self._made.pop().unlink(missing_ok=True)
 
     def close(self) -> None:
         """Remove what this rank put there, and the directory with the last rank's. Can be called many times."""
-        disks = [made for made in self._made if made.is_dir() and not made.is_symlink()]
-        self.clear()
-        shutil.rmtree(self._view, ignore_errors=True)
-        for directory, _, _ in os.walk(self._root, topdown=False):
-            _remove_empty(directory)
-        for directory in disks:
-            shutil.rmtree(directory, ignore_errors=True)
+        self._clear()
+        if self._base is not None:
+            for directory, _, _ in os.walk(self._base / layout.RESTORED / self._token, topdown=False):
+                _remove_empty(directory)
+        while self._disks:
+            self._disks.pop().remove()
+
+
+class _DiskDirectory:
+    """A directory for this process alone, below the system's for temporary files.
+
+    It is locked: what a process left there that was killed is found unlocked, and removed by the next.
+    """
+
+    def __init__(self) -> None:
+        prefix = f"{_ON_DISK}{os.getuid()}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+            self._remove_unlocked(left)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=prefix))
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            if self.path.exists():
+                return
+            os.close(self._fd)  # another process took it for one that was left
+
+    @staticmethod
+    def _remove_unlocked(path: Path) -> None:
+        with suppress(OSError):  # somebody else removes it, or it is none of ours
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._fd)
 
 
 def _remove_empty(directory: str) -> None:

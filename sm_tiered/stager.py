@@ -108,24 +108,41 @@ class Stager:
 
         The arena takes back the rest when it recycles their large file; to these no large file leads.
         """
-        store, memory, arena = self._store, self._store.tiers.memory, self._store.arena
-        assert memory is not None
-        assert arena is not None
+        store = self._store
         if self._small is None:
-            own = layout.record_name(store.group.rank)
-            recorded = {c for c in list_checkpoints(memory) if memory.list(layout.in_dir(c, own))}
-            self._small = recorded - set(arena.published())
+            self._small = self._find_small()
         for checkpoint in store.generations.releasable(self._small, store.held()) if self._small else ():
-            directory = f"{layout.checkpoint_dir(checkpoint)}/"
-            rank = store.group.rank
-            ours = [e.key for e in memory.list(directory) if layout.rank_of_key(e.key) == rank]
-            lists = read_file_lists(memory, checkpoint, {rank}).values()
-            named = [directory + name for listed in lists for name in listed.names]
-            memory.delete([layout.in_dir(checkpoint, layout.record_name(rank))])
-            memory.delete([*named, directory + layout.METADATA, directory + layout.INDEX])
-            memory.delete(ours)  # the list of the named ones among them, so last
+            self._delete_small(checkpoint)
             self._small.discard(checkpoint)
         return self._small
+
+    def _find_small(self) -> set[CheckpointId]:
+        """Return those that earlier processes left, and delete what lacks its record: who wrote that died over it."""
+        memory, arena = self._store.tiers.memory, self._store.arena
+        assert memory is not None
+        assert arena is not None
+        small: set[CheckpointId] = set()
+        for checkpoint in set(list_checkpoints(memory)) - set(arena.published()):
+            records = [layout.in_dir(checkpoint, layout.record_name(rank)) for rank in self._ranks()]
+            if any(map(memory.list, records)):
+                small.add(checkpoint)
+            elif read_file_lists(memory, checkpoint, self._ranks()):
+                self._delete_small(checkpoint)
+        return small
+
+    def _ranks(self) -> set[int]:
+        return {self._store.group.rank, *self._store.taken_over}
+
+    def _delete_small(self, checkpoint: CheckpointId) -> None:
+        memory, ranks = self._store.tiers.memory, self._ranks()
+        assert memory is not None
+        directory = f"{layout.checkpoint_dir(checkpoint)}/"
+        ours = [entry.key for entry in memory.list(directory) if layout.rank_of_key(entry.key) in ranks]
+        lists = read_file_lists(memory, checkpoint, ranks).values()
+        named = [directory + name for listed in lists for name in listed.names]
+        memory.delete(layout.in_dir(checkpoint, layout.record_name(rank)) for rank in ranks)
+        memory.delete([*named, directory + layout.METADATA, directory + layout.INDEX])
+        memory.delete(ours)  # the lists of the named ones among them, so last
 
     def _recycled(self, part: PartSource, record: Record) -> memoryview:
         arena, memory = self._store.arena, self._store.settings.memory

@@ -89,7 +89,8 @@ class Store:
         self.over_budget = False
         """Whether the state has outgrown the recipe's budget for memory, on all ranks alike."""
         self._probe_local_tiers()
-        self._taken_over = self._orphans()
+        self.taken_over = self._orphans()
+        """Ranks that are no more, whose files in this node's memory this rank looks after."""
         if memory is not None and group.rank == self.ranks_here[0]:
             remove_leftovers(Path(memory.root))
         self.all_or_none(self._adopt)
@@ -156,7 +157,7 @@ class Store:
 
     def _adopt(self) -> None:
         if self.arena is not None:
-            self.arena.adopt(also=self._taken_over)
+            self.arena.adopt(also=self.taken_over)
 
     # ---- restoring
 
@@ -279,7 +280,7 @@ class Store:
     def held(self) -> set[CheckpointId]:
         """Return the checkpoints in memory whose bytes the drainer still needs."""
         entries = self.queue.entries() if self.queue else []
-        ours = {self.group.rank, *self._taken_over}
+        ours = {self.group.rank, *self.taken_over}
         return {entry.checkpoint for entry in entries if entry.rank in ours and not entry.sent}
 
     def prune(self, tier: Tier, checkpoint: CheckpointId) -> None:

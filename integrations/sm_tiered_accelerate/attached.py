@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
 
 from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
-from accelerate.logging import get_logger  # pyright: ignore[reportMissingTypeStubs]
 
 from sm_tiered.errors import CheckpointNotFoundError, ConfigError
 from sm_tiered.figures import Figures, left_out
 from sm_tiered.handle import SaveHandle
 from sm_tiered.recipe import load_recipe
+from sm_tiered.records import Attempt
 from sm_tiered.restore import Restored
 from sm_tiered_accelerate.copies import Copies
-from sm_tiered_accelerate.places import destination, is_s3, wanted_step
+from sm_tiered_accelerate.places import destination, is_s3, wanted
 from sm_tiered_accelerate.stock import Stock
 from sm_tiered_dcp.engine import RecipeLike
 from sm_tiered_dcp.files import FileSet
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TieredAccelerator", "attach"]
 
-_logger = get_logger(__name__)
-_attached: WeakKeyDictionary[Accelerator, TieredAccelerator] = WeakKeyDictionary()
-
 
 def attach(accelerator: Accelerator, recipe: RecipeLike) -> TieredAccelerator:
     """Let *accelerator* save and load through the tiers of *recipe*, until `TieredAccelerator.detach`. Collective.
@@ -40,7 +36,7 @@ def attach(accelerator: Accelerator, recipe: RecipeLike) -> TieredAccelerator:
         ConfigError: it is attached already, its ``total_limit`` is set, or the recipe can't be used.
         NamespaceInUseError: trainers of another launch are alive in this memory directory.
     """
-    if accelerator in _attached:
+    if isinstance(getattr(cast(Any, accelerator).save_state, "__self__", None), TieredAccelerator):
         raise ConfigError(
             "this Accelerator is attached already", hint="Attach it once; detach() it before it gets another recipe."
         )
@@ -50,9 +46,7 @@ def attach(accelerator: Accelerator, recipe: RecipeLike) -> TieredAccelerator:
             f"ProjectConfiguration(total_limit={limit}) and the recipe's keep policies would both delete checkpoints",
             hint="Leave total_limit out; set `keep: {latest: N}` on the tiers of the recipe.",
         )
-    tiered = TieredAccelerator(accelerator, TieredFiles.from_recipe(load_recipe(recipe)))
-    _attached[accelerator] = tiered
-    return tiered
+    return TieredAccelerator(accelerator, TieredFiles.from_recipe(load_recipe(recipe)))
 
 
 class TieredAccelerator:
@@ -66,14 +60,16 @@ class TieredAccelerator:
         """Use `attach`."""
         self._accelerator, self._files, self._settings = accelerator, files, files.settings
         self._stock = Stock(accelerator)
-        memory = files.memory
-        self._copies = Copies(memory) if memory is not None else None
+        memory, settings = files.memory, files.settings
+        raises, patience = settings.on_error == "raise", settings.drain_timeout_secs
+        self._copies = Copies(memory, raises=raises, timeout_secs=patience)
         self._figures = Figures(self._log, memory.name if memory is not None else None)
         self._step: int | None = None
         """Where the training is, as far as it told."""
         self._saved_step: int | None = None
         instance = cast(Any, accelerator)
         instance.save_state, instance.load_state = self._save_state, self._load_state
+        self._stock.loaders.watch()
 
     # ---- what a training loop calls
 
@@ -98,10 +94,16 @@ class TieredAccelerator:
             MismatchError: it was saved from another model or setup; nothing was touched.
             TieredError: see `TieredFiles.restore`.
         """
-        return self._load(step, None, {})
+        return self._load(step, None, None, {})
 
-    def _load(self, step: int | None, load_kwargs: dict[str, Any] | None, options: Mapping[str, Any]) -> int | None:
-        found = self._stock.restore(self._files, step, load_kwargs, options)
+    def _load(
+        self,
+        step: int | None,
+        attempt: Attempt | None,
+        load_kwargs: dict[str, Any] | None,
+        options: Mapping[str, Any],
+    ) -> int | None:
+        found = self._stock.restore(self._files, step, attempt, load_kwargs, options)
         if found is not None:
             self._saved_step, self._step = found, None
         return found
@@ -120,7 +122,7 @@ class TieredAccelerator:
             ConfigError: nothing was prepared yet, or an argument can't be used.
             SaveError: with ``on_error: raise``, what an earlier save failed of.
         """
-        self._deliver()
+        self._stock.loaders.watch()
         handle = self._files.maybe_save(step, self._take, metrics=metrics, epochs_ended=epochs_ended)
         self._step = step
         if handle is not None:
@@ -135,7 +137,6 @@ class TieredAccelerator:
 
         Raises: see `maybe_save`.
         """
-        self._deliver()
         handle = self._files.save(step, self._take, tiers, metrics=metrics)
         self._step = step
         self._note(handle)
@@ -155,24 +156,22 @@ class TieredAccelerator:
         handle = self._files.finish()
         if handle is not None:
             self._note(handle)
-        self._end_copies()
+        self._copies.wait()
         self._look()
         return handle
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until every save has ended on every tier, and every copy is made; see `SaveLoop.wait`."""
         self._files.wait(timeout)
-        self._end_copies()
+        self._copies.wait(timeout)
         self._look()
 
     def detach(self) -> None:
         """Give the accelerator its own methods back, wait as `wait` does, and let go. Can be called many times."""
         self._give_back()
         try:
-            if self._copies is not None:
-                self._end_copies()
+            self._copies.close()
         finally:
-            self._close_copies()
             self._files.close()
 
     def __enter__(self) -> Self:
@@ -181,13 +180,14 @@ class TieredAccelerator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._give_back()
         try:
             self._files.__exit__(kind, error, trace)
+            if error is None:
+                self._copies.close()
         finally:
-            self._close_copies()
-        if error is None:
-            self._deliver()
+            # Not before: what `on_end` saves are loaders that are watched.
+            self._give_back()
+            self._copies.abandon()
 
     # ---- what the accelerator calls itself
 
@@ -197,18 +197,28 @@ class TieredAccelerator:
         """`Accelerator.save_state` through the tiers; returns a directory, as that does."""
         automatic = self._accelerator.project_configuration.automatic_checkpoint_naming
         where = destination(None if automatic else output_dir, self._settings)
-        self._deliver()
-        step = self._next_step()
+        step, again = self._next_step(), self._next_step() == self._saved_step
 
         def take(_: int) -> FileSet:
+            self._copies.deliver()
             return self._stock.take(self._files, safe_serialization, save_model_func_kwargs)
 
         handle = self._files.save(step, take, where.tiers)
         self._note(handle)
         self._look()
-        if where.copy_to is not None:
-            self._copy(handle, where.copy_to, safe_serialization, save_model_func_kwargs)
-        return where.copy_to or self._directory()
+        if where.copy_to is None:
+            return self._directory()
+        if again or not self._can_copy(handle):
+            self._stock.save(str(where.copy_to), safe_serialization, **save_model_func_kwargs)
+        else:
+            assert self._files.newest is not None
+            self._copies.add(self._files.newest, where.copy_to, step)
+        return where.copy_to
+
+    def _can_copy(self, handle: SaveHandle) -> bool:
+        """Whether the save was to stand in memory, on all ranks alike: where this rank failed, its copy will."""
+        memory = self._files.memory
+        return memory is not None and not left_out(handle, memory.name)
 
     def _load_state(
         self,
@@ -218,10 +228,12 @@ class TieredAccelerator:
     ) -> None:
         """`Accelerator.load_state`: from the tiers, unless *input_dir* is a directory."""
         if input_dir is not None and not is_s3(os.fspath(input_dir)):
+            self._files.together(self._copies.wait)  # one of them may be of that directory
             self._stock.load(input_dir, load_kwargs, **load_model_func_kwargs)
             return
-        step = wanted_step(os.fspath(input_dir), self._settings) if input_dir is not None else None
-        if self._load(step, load_kwargs, load_model_func_kwargs) is None:
+        named = wanted(os.fspath(input_dir), self._settings) if input_dir is not None else None
+        step, attempt = (named.step, named.attempt) if named is not None else (None, None)
+        if self._load(step, attempt, load_kwargs, load_model_func_kwargs) is None:
             raise CheckpointNotFoundError(
                 f"nothing was ever saved in namespace {self._settings.namespace!r}",
                 hint="TieredAccelerator.restore() returns None here instead.",
@@ -230,6 +242,7 @@ class TieredAccelerator:
     # ---- saving
 
     def _take(self, step: int) -> FileSet:
+        self._copies.deliver()
         return self._stock.take(self._files, True, {})
 
     def _directory(self) -> Path:
@@ -248,36 +261,11 @@ class TieredAccelerator:
         self._saved_step = handle.step
         self._figures.saved(handle)
 
-    def _copy(self, handle: SaveHandle, target: Path, safe_serialization: bool, options: Mapping[str, Any]) -> None:
-        memory, saved = self._files.memory, self._files.newest
-        if self._copies is None or memory is None or saved is None or left_out(handle, memory.name):
-            # On all ranks alike: nothing stands in memory that could be copied.
-            self._stock.save(str(target), safe_serialization, **options)
-            return
-        self._copies.add(saved.directory, saved.names, target, handle.step)
-
-    def _deliver(self) -> None:
-        """What went wrong with copies is raised or told, as the recipe says of saves."""
-        for error in self._copies.failures() if self._copies is not None else ():
-            if self._settings.on_error == "raise":
-                raise error
-            _logger.warning(f"sm_tiered: {error}", main_process_only=False)
-
-    def _end_copies(self) -> None:
-        if self._copies is not None:
-            self._copies.wait(self._settings.drain_timeout_secs)
-            self._deliver()
-
-    def _close_copies(self) -> None:
-        if self._copies is not None:
-            self._copies.close()
-
     def _give_back(self) -> None:
-        if _attached.get(self._accelerator) is self:
-            del _attached[self._accelerator]
-            self._stock.loaders.release()
-            instance = vars(self._accelerator)
+        instance = vars(self._accelerator)
+        if instance.get("save_state") == self._save_state:
             del instance["save_state"], instance["load_state"]
+            self._stock.loaders.release()
 
     # ---- figures
 

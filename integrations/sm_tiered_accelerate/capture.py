@@ -17,17 +17,19 @@ from typing import Any, cast
 
 from accelerate import checkpointing  # pyright: ignore[reportMissingTypeStubs]
 from accelerate import utils as accelerate_utils  # pyright: ignore[reportMissingTypeStubs]
-from accelerate.utils import SCALER_NAME, DistributedType  # pyright: ignore[reportMissingTypeStubs]
+from accelerate.utils import RNG_STATE_NAME, SCALER_NAME, DistributedType  # pyright: ignore[reportMissingTypeStubs]
 
 from sm_tiered import layout
+from sm_tiered_accelerate import loaders
 from sm_tiered_dcp.files import DiskFile, File, SafetensorsFile, TorchFile
 
-__all__ = ["catching", "own_files"]
+__all__ = ["catching", "own_files", "whose"]
 
 _METADATA = {"format": "pt"}
 """What Accelerate writes into the header of a safetensors file."""
-_WRITTEN_BY_ALL = re.compile(rf"dl_state_dict(_\d+)?\.bin|{re.escape(SCALER_NAME)}")
+_WRITTEN_BY_ALL = re.compile(rf"dl_state_dict(_\d+)?\.bin|{re.escape(SCALER_NAME)}|{re.escape(loaders.FILE)}")
 """Files that every rank writes under one name, though they differ: on one file system the last writer's is left."""
+_RANDOM = re.compile(rf"{re.escape(RNG_STATE_NAME)}_(\d{{1,6}})\.pkl")
 
 
 @contextmanager
@@ -55,6 +57,14 @@ def _safetensors(state: Mapping[str, Any]) -> SafetensorsFile:
     if isinstance(state, OrderedDict):
         state = cast(Any, accelerate_utils).clean_state_dict_for_safetensors(OrderedDict(state))
     return SafetensorsFile(state, _METADATA)
+
+
+def whose(name: str) -> int | None:
+    """Return the rank that alone reads the file *name*; None: all do, or it can't be told."""
+    found = _RANDOM.fullmatch(name)
+    if found is not None:
+        return int(found[1])
+    return 0 if _WRITTEN_BY_ALL.fullmatch(name) else None
 
 
 def own_files(directory: Path, rank: int) -> dict[str, File]:

@@ -41,12 +41,21 @@ def facts_of(accelerator: Accelerator) -> dict[str, Any]:
         "fsdp_state": str(plugin.state_dict_type) if plugin is not None else None,
         "scaler": private.scaler is not None,
         "counts": {what: len(getattr(private, name)) for what, name in _COUNTED.items()},
-        "models": [_shapes(model) for model in private._models],
+        "models": _models(accelerator),
     }
 
 
-def _shapes(model: Any) -> dict[str, list[int]]:
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+def _models(accelerator: Accelerator) -> list[dict[str, list[int]]]:
+    """The shape of every parameter by its name, as far as all ranks have the same."""
+    private = cast(Any, accelerator)
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        return [{} for _ in private._models]  # each stage of a pipeline has others
+    # Other engines than FSDP2 tell the shape of this rank's shard.
+    whole = accelerator.distributed_type not in _ENGINES or private.is_fsdp2
+    return [
+        {name: list(parameter.shape) if whole else [] for name, parameter in model.named_parameters()}
+        for model in private._models
+    ]
 
 
 def to_json(accelerator: Accelerator) -> bytes:

@@ -30,10 +30,15 @@ class Loaders:
         self._watched: list[_Watched] = []
 
     def watch(self) -> None:
-        """Watch those that were prepared since. An iteration that has begun already is resumed less exactly."""
+        """Watch those that are prepared now, and leave those that no longer are.
+
+        An iteration that has begun before is resumed as without us: at its place, with other random numbers.
+        """
         loaders: Sequence[Any] = cast(Any, self._accelerator)._dataloaders
-        known = [watched.loader for watched in self._watched]
-        self._watched += [_Watched(loader) for loader in loaders if not any(loader is one for one in known)]
+        known = {id(watched.loader): watched for watched in self._watched}
+        self._watched = [known.pop(id(loader), None) or _Watched(loader) for loader in loaders]
+        for gone in known.values():
+            gone.release()
 
     def release(self) -> None:
         """Leave the loaders as they were."""
@@ -92,6 +97,7 @@ class _Watched:
             "begun": self._begun,
             "ordered": self._ordered,
             "ahead": self._ahead,
+            "ended": self._ahead is None and self._iteration >= 0,
             "shuffler": self._shuffler(),
         }
 
@@ -128,10 +134,14 @@ class _Watched:
         """Begin an iteration; where one is resumed, with the random numbers that it was begun with."""
         assert self._stock is not None
         resumes, self._resumes = self._resumes, None
+        if resumes is None and self._begun is None and hasattr(self._base, "_initial_iter_for_state_dict"):
+            # Accelerate asked for a state when it prepared the loader. torchdata would begin with the iterator that it
+            # made for that, and draw nothing: a resumed training has none, and would draw.
+            self._base._initial_iter_for_state_dict = False
         now = self._generators()
         if resumes is not None and resumes["ahead"] is not None and resumes["ordered"] is not None:
             return self._resumed(resumes, now)
-        if resumes is not None:
+        if resumes is not None and resumes["ended"]:
             # What was saved had ended: that was its end, and this is the next, begun as it would have been.
             self._stock[1]()
             now["shuffler"] = resumes["shuffler"]

@@ -9,9 +9,10 @@ from typing import cast
 
 from sm_tiered import layout
 from sm_tiered.errors import ConfigError
+from sm_tiered.records import CheckpointId
 from sm_tiered.settings import LocalSettings, MemorySettings, S3Settings, Settings
 
-__all__ = ["Destination", "destination", "is_s3", "wanted_step"]
+__all__ = ["Destination", "destination", "is_s3", "wanted"]
 
 _S3 = "s3://"
 
@@ -54,23 +55,25 @@ def destination(output_dir: object, settings: Settings) -> Destination:
     return Destination(copy_to=path)
 
 
-def wanted_step(input_dir: str, settings: Settings) -> int | None:
-    """Return the step that *input_dir*, ``s3://…``, names; None: the newest.
+def wanted(input_dir: str, settings: Settings) -> CheckpointId | None:
+    """Return the checkpoint that *input_dir*, ``s3://…``, names; None: the newest.
 
     Raises:
-        ConfigError: a bucket that the recipe does not name, or no checkpoint's directory.
+        ConfigError: a bucket that the recipe does not name, another namespace, or no checkpoint's directory.
     """
     tier = _s3_tier(input_dir, settings, "input_dir")
     rest = _key(input_dir).removeprefix(tier.prefix).strip("/")
+    namespace, _, name = rest.partition("/")
     if rest in ("", settings.namespace):
         return None
-    found = layout.parse_checkpoint_dir(rest.rpartition("/")[2])
-    if found is None:
+    found = layout.parse_checkpoint_dir(name)
+    if found is None or namespace != settings.namespace:
         raise ConfigError(
-            f"input_dir {input_dir!r} names no checkpoint",
-            hint="Leave it out for the newest, or end it with step_<10 digits>-<attempt>; `sm-tiered ls` shows them.",
+            f"input_dir {input_dir!r} names no checkpoint of namespace {settings.namespace!r}",
+            hint="Leave it out for the newest, or end it with <namespace>/step_<10 digits>-<attempt>; "
+            "`sm-tiered ls` shows them.",
         )
-    return found.step
+    return found
 
 
 def is_s3(text: str) -> bool:

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
 
-from sm_tiered import layout
 from sm_tiered.errors import ConfigError
 from sm_tiered.file_loader import Get
+from sm_tiered.records import Attempt
 from sm_tiered_accelerate import facts, loaders
-from sm_tiered_accelerate.capture import catching, own_files
+from sm_tiered_accelerate.capture import catching, own_files, whose
 from sm_tiered_accelerate.loaders import Loaders
 from sm_tiered_dcp.files import BytesFile, FileSet
 from sm_tiered_dcp.tiered_files import TieredFiles
@@ -49,14 +49,20 @@ class Stock:
             finally:
                 config.automatic_checkpoint_naming = automatic
             caught[facts.FILE] = BytesFile(facts.to_json(accelerator))
-            own = own_files(directory, files.rank)
-            own[layout.own_name(files.rank, loaders.FILE)] = BytesFile(self.loaders.to_bytes())
-            return FileSet(own=own, shared=caught, release=stack.pop_all().close)
+            (directory / loaders.FILE).write_bytes(self.loaders.to_bytes())
+            return FileSet(own=own_files(directory, files.rank), shared=caught, release=stack.pop_all().close)
 
     def restore(
-        self, files: TieredFiles, step: int | None, load_kwargs: dict[str, Any] | None, options: Mapping[str, Any]
+        self,
+        files: TieredFiles,
+        step: int | None,
+        attempt: Attempt | None,
+        load_kwargs: dict[str, Any] | None,
+        options: Mapping[str, Any],
     ) -> int | None:
         """Let Accelerate load the newest checkpoint, or *step*; return its step, None when nothing was ever saved.
+
+        With *attempt* another one's is refused.
 
         Raises: see `TieredAccelerator.restore`.
         """
@@ -72,7 +78,7 @@ class Stock:
             self.load(str(directory), load_kwargs, **options)
             self.loaders.restore((directory / loaders.FILE).read_bytes())
 
-        found = files.restore(use, step, inspect=inspect, first=(facts.FILE,))
+        found = files.restore(use, step, inspect=inspect, first=(facts.FILE,), whose=whose, attempt=attempt)
         if found is not None:
             self._accelerator.project_configuration.iteration = int(stored["iteration"])
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 
 import torch
 
@@ -134,6 +135,9 @@ class FileSaver:
     def _parts(self, taken: FileSet) -> list[PartSource]:
         rank = self.engine.group.rank
         stores = rank == 0 or self._keeps
+        twice = sorted(taken.own.keys() & taken.shared.keys())
+        if twice:
+            raise StructureError(f"{twice[0]!r} is brought as this rank's own and as shared", hint="Bring it once.")
         parts = [self._part(name, file, replica=False) for name, file in taken.own.items()]
         if stores:
             parts += [self._part(name, file, replica=rank != 0) for name, file in taken.shared.items()]
@@ -165,8 +169,13 @@ class FileSaver:
 
 
 def _check_once(names: Sequence[Sequence[str]]) -> None:
-    """Of two files under one name all but one would be lost."""
+    """Of two files under one name all but one would be lost; a file that is a directory, too, can't be."""
     owners: dict[str, int] = {}
+    known = {name for own in names for name in own}
+    for name in sorted(known):
+        above = known & {str(parent) for parent in PurePosixPath(name).parents}
+        if above:
+            raise StructureError(f"{min(above)!r} is a file, and the directory of {name!r}", hint="Rename one of them.")
     for rank, own in enumerate(names):
         for name in own:
             if owners.setdefault(name, rank) != rank:

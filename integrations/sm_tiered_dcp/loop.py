@@ -53,6 +53,8 @@ class SaveLoop(Generic[_Content]):
         self._engine: Engine | None = engine
         self._saver = self._make_saver(engine)
         self._last: tuple[int, _Content, Mapping[str, float]] | None = None
+        self._ended: SaveHandle | None = None
+        """What `finish` saved: the end of a block, after it, saves that no more."""
         self.restored: Restored | None = None
         """What the last `restore` took: step, tier, seconds; None when nothing was ever saved."""
 
@@ -226,7 +228,10 @@ class SaveLoop(Generic[_Content]):
             return None
         step, state, metrics = self._last
         due = engine.schedule.due(step, metrics=metrics, ending=True)
-        return self._save(step, state, tuple(sorted(due.tiers)), metrics, urgent=True) if due.tiers else None
+        if self._ended is None or self._ended.step != step:
+            tiers = tuple(sorted(due.tiers))
+            self._ended = self._save(step, state, tiers, metrics, urgent=True) if tiers else None
+        return self._ended
 
     def promote_newest(self) -> int | None:
         """After a failure: bring the newest step that this process knows whole in memory to the durable tiers.

@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sm_tiered.errors import StructureError
 from sm_tiered_dcp.archive import Packed
@@ -34,7 +36,7 @@ def pack_safetensors(name: str, tensors: Mapping[str, torch.Tensor], metadata: M
     """
     _check(name, tensors)
     ordered = sorted(tensors.items(), key=lambda pair: (-_kinds()[pair[1].dtype].order, pair[0]))
-    fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     ends: list[tuple[int, int]] = []
     end = 0
     for key, tensor in ordered:
@@ -58,7 +60,6 @@ def _header(fields: Mapping[str, object]) -> bytes:
 
 
 def _check(name: str, tensors: Mapping[str, Any]) -> None:
-    owners: dict[tuple[torch.device, int], str] = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.dtype not in _kinds():
             what = f"{tensor.dtype} {tensor.layout}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
@@ -66,15 +67,29 @@ def _check(name: str, tensors: Mapping[str, Any]) -> None:
                 f"{name}: {key} ({what}) can't stand in a safetensors file",
                 hint="Save with safe_serialization=False.",
             )
+        if is_traceable_wrapper_subclass(tensor):
+            message = f"{name}: {key} is a {type(tensor).__name__}, which wraps other tensors"
+            raise StructureError(message, hint="Save with safe_serialization=False.")
         if tensor.is_meta or lacks_storage(tensor):
             raise StructureError(f"{name}: {key} has no data", hint="Materialise the model before it is saved.")
-        if tensor.nbytes:
-            owner = owners.setdefault((tensor.device, tensor.data_ptr()), key)
-            if owner is not key:
-                raise StructureError(
-                    f"{name}: {owner} and {key} share memory, and safetensors knows no ties",
-                    hint="Save with safe_serialization=False.",
-                )
+    _check_apart(name, {key: tensor for key, tensor in tensors.items() if tensor.nbytes})
+
+
+def _check_apart(name: str, tensors: Mapping[str, Any]) -> None:
+    """Refuse tensors that share memory: the format knows no ties, and what is loaded would no longer be tied."""
+    extents = sorted((str(tensor.device), tensor.data_ptr(), _reach(tensor), key) for key, tensor in tensors.items())
+    for (device, start, length, one), (other_device, other_start, _, other) in itertools.pairwise(extents):
+        if device == other_device and other_start < start + length:
+            raise StructureError(
+                f"{name}: {one} and {other} share memory, and safetensors knows no ties",
+                hint="Save with safe_serialization=False.",
+            )
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """How many bytes lie between the first and the end of the last that belong to *tensor*."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 class _Kind:

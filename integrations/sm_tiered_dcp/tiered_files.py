@@ -13,6 +13,7 @@ from typing import Any
 
 from sm_tiered import layout
 from sm_tiered.file_loader import FileLoader, Get
+from sm_tiered.records import Attempt
 from sm_tiered.settings import Settings
 from sm_tiered.tiers.memory import MemoryTier
 from sm_tiered_dcp.engine import Engine
@@ -28,18 +29,6 @@ def _accept(get: Get) -> None:
 
 def _everybodys(name: str) -> int | None:
     """Files are for all ranks, whatever they are called."""
-
-
-class _NodeLoader(FileLoader):
-    """Brings a node what its own ranks read."""
-
-    def __init__(self, use: Callable[[Path], None], *, whose: Callable[[str], int | None], **given: Any) -> None:
-        super().__init__(use, **given)
-        self._whose = whose
-
-    def _shared(self) -> list[str]:
-        readers = {name: self._whose(name) for name in super()._shared()}
-        return [name for name, rank in readers.items() if rank is None or rank in self._here]
 
 
 class TieredFiles(SaveLoop[TakeFiles]):
@@ -82,6 +71,7 @@ class TieredFiles(SaveLoop[TakeFiles]):
         inspect: Callable[[Get], None] = _accept,
         first: Sequence[str] = (),
         whose: Callable[[str], int | None] = _everybodys,
+        attempt: Attempt | None = None,
         keep: bool = False,
     ) -> int | None:
         """Call *use* with a directory that holds the files of the newest complete, verified checkpoint, or of *step*.
@@ -96,6 +86,7 @@ class TieredFiles(SaveLoop[TakeFiles]):
             inspect: called before *use*, before anything is changed, with a function that returns one of the files
                 named in *first*; a MismatchError that it raises is raised on all ranks.
             first: see *inspect*.
+            attempt: refuse a checkpoint of another one.
             whose: of a file that one rank alone reads, that rank: other nodes do without it. Each node's memory has
                 only what its own ranks wrote.
             keep: leave the directory until `let_go`, the next restore or the end.
@@ -111,15 +102,16 @@ class TieredFiles(SaveLoop[TakeFiles]):
         store = engine.store
         self.let_go()
         engine.saver.quiesce()
-        loader = _NodeLoader(
+        loader = FileLoader(
             use,
-            whose=whose,
             group=engine.group,
             here=store.ranks_here,
             base=Path(store.tiers.memory.root) if store.tiers.memory is not None else None,
             called=called,
             inspect=inspect,
             first=first,
+            whose=whose,
+            attempt=attempt,
             resized=engine.settings.allow_partial,
         )
         try:
@@ -188,6 +180,10 @@ class TieredFiles(SaveLoop[TakeFiles]):
     def gather(self, value: object) -> list[Any]:
         """Return every rank's *value*, in rank order. Collective."""
         return self._open.group.gather(value)
+
+    def together(self, action: Callable[[], None]) -> None:
+        """Run *action* on every rank; if it fails on one, raise on all. Collective."""
+        self._open.store.all_or_none(action)
 
     def let_go(self) -> None:
         """Remove the directory that the last restore has kept. Not collective."""

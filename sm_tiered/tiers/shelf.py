@@ -167,9 +167,10 @@ class Shelf:
 
     def _sweep(self, checkpoint: CheckpointId) -> None:
         """Remove what died half-written."""
-        with suppress(FileNotFoundError):
-            directory = safeio.open_dir(self._path(checkpoint), tier=self._tier.name)
-            try:
-                safeio.sweep(directory)
-            finally:
-                os.close(directory)
+        for path, _, _ in os.walk(self._path(checkpoint)):
+            with suppress(FileNotFoundError):
+                directory = safeio.open_dir(path, tier=self._tier.name)
+                try:
+                    safeio.sweep(directory)
+                finally:
+                    os.close(directory)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from sm_tiered.errors import (
 from sm_tiered_accelerate import attach, stock
 from sm_tiered_accelerate.capture import catching
 from tests.accelerate.training import Training, accelerator_for
-from tests.distributed.dcp_jobs import recipe, step_dir, steps
+from tests.distributed.dcp_jobs import ROOT, recipe, step_dir, steps
 
 
 @pytest.fixture
@@ -120,12 +122,13 @@ def test_stock_accelerate_reads_each_tier(both: dict[str, Any], tmp_path: Path, 
 
 def test_detach_gives_the_accelerator_back(which: dict[str, Any], tmp_path: Path) -> None:
     training = fresh()
+    patched = (training.accelerator, training.loader, training.loader.base_dataloader)
+    before = [set(vars(one)) for one in patched]
     tiered = attach(training.accelerator, which)
-    iterate = training.loader.base_dataloader.__iter__
+    assert [set(vars(one)) for one in patched] != before
     tiered.detach()
     tiered.detach()
-    assert "save_state" not in vars(training.accelerator)
-    assert training.loader.base_dataloader.__iter__ == iterate
+    assert [set(vars(one)) for one in patched] == before
     training.accelerator.save_state(str(tmp_path / "stock"))
     assert (tmp_path / "stock" / "model.safetensors").exists()
     attach(training.accelerator, which).detach()
@@ -160,6 +163,38 @@ def test_a_copy_without_a_memory_tier_is_accelerates_own(tmp_path: Path) -> None
     with attach(training.accelerator, which) as tiered:
         assert tiered.restore() == 0
         assert training.weights() == expected
+
+
+def test_a_copy_is_of_what_is_there_now_and_is_waited_for(which: dict[str, Any], tmp_path: Path) -> None:
+    training = fresh()
+    out = str(tmp_path / "copy")
+    with attach(training.accelerator, which) as tiered:
+        for value in (1.0, 2.0, 3.0):
+            nn.init.constant_(training.model[0].bias, value)
+            if value > 1:
+                tiered.maybe_save(5)
+            training.accelerator.save_state(out)
+            training.accelerator.load_state(out)
+            assert set(training.model[0].bias.tolist()) == {value}, "an older copy, or half of one"
+
+
+ENDS_WITHOUT_A_WORD = """
+import sys, torch
+from accelerate import Accelerator
+from sm_tiered_accelerate import attach
+accelerator = Accelerator(cpu=True)
+model = accelerator.prepare(torch.nn.Linear(2000, 2000))
+attach(accelerator, {which!r})
+accelerator.save_state({out!r})
+"""
+
+
+def test_a_script_that_ends_without_a_word_has_its_copy(which: dict[str, Any], tmp_path: Path) -> None:
+    path = os.pathsep.join(str(part) for part in (ROOT, ROOT / "integrations"))
+    program = ENDS_WITHOUT_A_WORD.format(which=which, out=str(tmp_path / "copy"))
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, check=True, timeout=60)
+    assert load_file(tmp_path / "copy" / "model.safetensors")["weight"].shape == (2000, 2000)
+    assert (tmp_path / "copy" / "random_states_0.pkl").exists()
 
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
@@ -355,6 +390,33 @@ def test_where_nothing_can_be_caught_all_goes_through_files(
     with attach(training.accelerator, which) as tiered:
         assert tiered.restore() == 1
         assert training.weights() == expected
+
+
+def test_a_uri_names_the_checkpoint_that_is_loaded(tmp_path: Path, memory_dir: Path, make_s3_settings: Any) -> None:
+    s3 = make_s3_settings()
+    fields = {"kind": "s3", "uri": f"s3://{s3.bucket}/{s3.prefix}", "endpoint_url": s3.endpoint_url, "allow_http": True}
+    which = recipe(
+        tmp_path, memory_dir, disk=None, tiers={"s3": {**fields, "region": "us-east-1", "force_path_style": True}}
+    )
+    training = fresh()
+    uri = f"s3://{s3.bucket}/{s3.prefix}"
+    with attach(training.accelerator, which) as tiered:
+        training.accelerator.save_state(f"{uri}/whatever")
+        advance(training)
+        training.accelerator.save_state(uri)
+        tiered.wait()
+        assert not Path("s3:").exists()
+        name = step_dir(memory_dir, 0).name
+        for named, step in ((uri, 1), (f"{uri}/run-1", 1), (f"{uri}/run-1/{name}", 0)):
+            training.accelerator.load_state(named)
+            assert tiered.restored is not None
+            assert tiered.restored.step == step
+        for wrong in (f"{uri}/other/{name}", f"{uri}/run-1/step_7", "s3://another/run-1"):
+            with pytest.raises(ConfigError, match="names no checkpoint|is in no tier"):
+                training.accelerator.load_state(wrong)
+        other = name[:-1] + ("0" if name[-1] != "0" else "1")
+        with pytest.raises(MismatchError, match="the present timeline's step 0 is of attempt"):
+            training.accelerator.load_state(f"{uri}/run-1/{other}")
 
 
 def test_the_end_of_a_training_is_saved(both: dict[str, Any], tmp_path: Path) -> None:

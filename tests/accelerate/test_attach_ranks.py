@@ -12,7 +12,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from torch import nn
 
-from sm_tiered.errors import MismatchError
+from sm_tiered.errors import MismatchError, TieredError
 from sm_tiered_accelerate import attach
 from tests.accelerate.training import Average, Training, accelerator_for, join
 from tests.distributed.dcp_jobs import bits, raised, recipe, run, step_dir
@@ -57,6 +57,26 @@ def other_loaders(rank: int, which: dict[str, Any]) -> int:
         return training.loader.base_dataloader.state_dict()["_num_yielded"]
 
 
+def on_two_nodes(rank: int, whiches: list[dict[str, Any]], restores: bool) -> Any:
+    join(rank, 2)
+    training = Training(accelerator_for())
+    with attach(training.accelerator, whiches[rank]) as tiered:
+        batches = training.batches()
+        if restores:
+            assert tiered.restore() == 1
+        else:
+            for _ in range(2):
+                next(batches)
+            tiered.save(1).wait("memory")
+        return [training.weights(), *(next(batches) for _ in range(3))]
+
+
+def test_two_nodes_restore_from_their_memory_alone(tmp_path: Path, memory_dir: Path) -> None:
+    whiches = [recipe(tmp_path, memory_dir / str(node), disk=None) for node in range(2)]
+    saved = run(2, on_two_nodes, whiches, False)
+    assert run(2, on_two_nodes, whiches, True) == saved
+
+
 def one_fails(rank: int, which: dict[str, Any]) -> tuple[str, str]:
     join(rank, 2)
     training = Training(accelerator_for())
@@ -74,6 +94,37 @@ def test_what_one_rank_refuses_all_raise(tmp_path: Path, memory_dir: Path) -> No
     for kind, text in ends:
         assert kind == MismatchError.__name__
         assert "registered for checkpointing" in text
+
+
+def one_copy_fails(rank: int, which: dict[str, Any], out: str) -> list[str]:
+    """Rank 1's copy can't be made; nobody may be left waiting for it."""
+    join(rank, 2)
+    training = Training(accelerator_for())
+    tiered = attach(training.accelerator, which)
+    found: list[str] = []
+    try:
+        target = Path(out) / str(rank)
+        if rank == 1:
+            target.parent.mkdir(parents=True)
+            target.write_text("a file where a directory should be")
+        training.accelerator.save_state(str(target))
+        for step in (1, 2):
+            try:
+                tiered.save(step).wait("memory")
+                found.append("saved")
+            except TieredError as error:
+                found.append(type(error).__name__)
+    finally:
+        tiered.detach()
+    return found
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_copy_that_fails_on_one_rank_holds_up_no_other(tmp_path: Path, memory_dir: Path, on_error: str) -> None:
+    which = {**recipe(tmp_path, memory_dir, disk=None), "on_error": on_error}
+    ends = run(2, one_copy_fails, which, str(tmp_path / "out"))
+    told = [["RankFailedError", "saved"], ["SaveError", "saved"]]
+    assert ends == (told if on_error == "raise" else [["saved", "saved"]] * 2)
 
 
 def sharded(rank: int, which: dict[str, Any], state: str, trained: int) -> Any:

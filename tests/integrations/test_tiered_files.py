@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 from torch.distributed.checkpoint import FileSystemReader
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sm_tiered.errors import MismatchError, NothingRestorableError, StructureError
+from sm_tiered_dcp.archive import Packed
 from sm_tiered_dcp.files import BytesFile, DiskFile, FileSet, SafetensorsFile, TorchFile
 from sm_tiered_dcp.packed_part import PackedPart
 from sm_tiered_dcp.safetensors_frame import pack_safetensors
 from sm_tiered_dcp.tiered_files import TieredFiles
-from tests.distributed.dcp_jobs import recipe, run, step_dir, steps
+from tests.distributed.dcp_jobs import recipe, run, start, step_dir, steps
 
 LARGE = 1 << 20
 
@@ -116,10 +120,10 @@ def test_files_in_memory_are_recycled_and_nothing_is_left(tmp_path: Path, memory
 def test_a_restart_takes_over_the_files_that_it_finds(tmp_path: Path, memory_dir: Path) -> None:
     which = recipe(tmp_path, memory_dir, disk={"save": None})
     inodes: set[int] = set()
-    for start in (1, 5, 9):
+    for first in (1, 5, 9):
         with TieredFiles.from_recipe(which) as tiered:
             restored(tiered)
-            for step in range(start, start + 4):
+            for step in range(first, first + 4):
                 tiered.save(step, files, ["memory"]).wait("memory")
                 inodes.add((step_dir(memory_dir, step) / "model.safetensors").stat().st_ino)
     assert len(inodes) <= 5, "a restart did not recycle what the launch before had made"
@@ -218,6 +222,71 @@ def test_the_state_of_another_kind_is_refused(tmp_path: Path, memory_dir: Path) 
         restored(tiered)
 
 
+def small_files(rank: int, which: dict[str, Any], first: int) -> None:
+    with TieredFiles.from_recipe(which) as tiered:
+        for step in range(first, first + 4):
+            tiered.save(step, lambda step: FileSet(own={f"small/{rank}.bin": BytesFile(b"x")}), ["memory"]).wait(
+                "memory"
+            )
+
+
+def test_small_files_of_ranks_that_are_no_more_are_taken_back(tmp_path: Path, memory_dir: Path) -> None:
+    which = recipe(tmp_path, memory_dir, disk=None, allow_partial=True)
+    run(3, small_files, which, 1)
+    for first in (11, 21):
+        run(2, small_files, which, first)
+    assert min(steps(memory_dir)) > 20, steps(memory_dir)
+
+
+def test_small_files_that_were_never_recorded_are_taken_back(tmp_path: Path, memory_dir: Path) -> None:
+    which = recipe(tmp_path, memory_dir, disk=None)
+    run(0, small_files, which, 1)
+    newest = step_dir(memory_dir, 4)
+    (newest / "record-00000.json").unlink()
+    (newest / "small" / ".tmp-01234567").touch()
+    run(0, small_files, which, 11)
+    assert not newest.exists()
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_what_a_killed_restore_left_is_removed(
+    tmp_path: Path, memory_dir: Path, memory: bool, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    which = recipe(tmp_path, memory_dir if memory else None)
+    with TieredFiles.from_recipe(which) as tiered:
+        tiered.save(1, files).wait("disk")
+    ends = start(0, killed_in_restore, which, env={"TMPDIR": str(tmp_path / "tmp")}).wait()
+    assert ends[0].status == -signal.SIGKILL
+    base = memory_dir / "run-1" / ".restored" if memory else tmp_path / "tmp"
+    assert list(base.iterdir())
+    with TieredFiles.from_recipe(which) as tiered:
+        assert restored(tiered)[0] == 1
+        left = list(base.iterdir()) if base.exists() else []
+    assert not left
+
+
+def killed_in_restore(rank: int, which: dict[str, Any]) -> None:
+    with TieredFiles.from_recipe(which) as tiered:
+        tiered.restore(lambda path: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        (FileSet(own={"a": BytesFile(b"")}, shared={"a": BytesFile(b"")}), "'a' is brought as this rank's own and as"),
+        (FileSet(own={"a/b/c": BytesFile(b""), "a": BytesFile(b"")}), "'a' is a file, and the directory of 'a/b/c'"),
+    ],
+)
+def test_names_that_do_not_go_together(tmp_path: Path, memory_dir: Path, found: FileSet, match: str) -> None:
+    with TieredFiles.from_recipe(recipe(tmp_path, memory_dir, disk=None)) as tiered:
+        with pytest.raises(StructureError, match=match):
+            tiered.save(1, lambda step: found)
+        tiered.save(2, files).wait("memory")
+
+
 @pytest.mark.parametrize("name", ["../x", ".x", "a/.b", "manifest.json", "files-00000.json", "__0_0.distcp", "a b", ""])
 def test_names_that_can_not_be(tmp_path: Path, memory_dir: Path, name: str) -> None:
     with TieredFiles.from_recipe(recipe(tmp_path, memory_dir)) as tiered:
@@ -235,6 +304,8 @@ def test_safetensors_are_what_the_library_writes(tmp_path: Path) -> None:
         "strided": torch.arange(12, dtype=torch.int16).reshape(3, 4).t(),
         **{f"w{i}": torch.randn(7, i) for i in range(1, 5)},
     }
+    one = {"a": torch.ones(1)}
+    assert bytes(filled(pack_safetensors("m", one, {}))) == save(one, {})
     packed = pack_safetensors("m", tensors, {"format": "pt"})
     part = PackedPart(name="m", fqn="m", path=("m",), packed=packed)
     written = bytearray(part.size)
@@ -245,6 +316,12 @@ def test_safetensors_are_what_the_library_writes(tmp_path: Path) -> None:
     assert b"".join(bytes(chunk) for chunk in part.chunks()) == bytes(written)
 
 
+def filled(packed: Packed) -> bytearray:
+    written = bytearray(packed.frame.size)
+    PackedPart(name="m", fqn="m", path=("m",), packed=packed).write(memoryview(written), {})
+    return written
+
+
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
@@ -252,6 +329,8 @@ def test_safetensors_are_what_the_library_writes(tmp_path: Path) -> None:
         ({"a": torch.ones(2).to_sparse()}, "can't stand in a safetensors file"),
         ({"a": "text"}, r"a \(str\) can't stand"),
         ({"a": (x := torch.ones(4)), "b": x}, "a and b share memory"),
+        ({"a": x[:3], "b": x[2:]}, "a and b share memory"),
+        ({"a": TwoTensor(x, x)}, "a is a TwoTensor, which wraps other tensors"),
     ],
 )
 def test_what_safetensors_can_not_hold(tensors: dict[str, Any], match: str) -> None:
