@@ -24,7 +24,16 @@ from sm_tiered.store import Store
 from sm_tiered_dcp import finisher
 from sm_tiered_dcp.group import open_group
 
-__all__ = ["Engine", "Lease", "RecipeLike", "open_engine"]
+__all__ = ["Engine", "Lease", "RecipeLike", "fits", "open_engine"]
+
+_WITH_SLACK = 16 / 15
+"""So much more than planned still goes into a file of the arena."""
+
+
+def fits(sizes: Mapping[str, int], planned: Mapping[str, int]) -> bool:
+    """Whether files of *sizes* bytes go where room was made for *planned*: they grow with what they hold."""
+    return all(size <= _WITH_SLACK * planned.get(name, 0) for name, size in sizes.items())
+
 
 RecipeLike = Mapping[str, Any] | str | os.PathLike[str] | Recipe
 

@@ -16,7 +16,7 @@ from sm_tiered.handle import SaveHandle
 from sm_tiered.parts import PartSource
 from sm_tiered_dcp.archive import Packed, Packer
 from sm_tiered_dcp.collector import collector_paused
-from sm_tiered_dcp.engine import Engine
+from sm_tiered_dcp.engine import Engine, fits
 from sm_tiered_dcp.files import BytesFile, DiskFile, DiskPart, File, FileSet, SafetensorsFile, TorchFile
 from sm_tiered_dcp.frames import Frame
 from sm_tiered_dcp.packed_part import PackedPart
@@ -29,8 +29,6 @@ TakeFiles = Callable[[int], FileSet]
 
 _LARGE_BYTES = 1024 * 1024
 """From here on a file is worth one of the arena, which stays mapped."""
-_WITH_SLACK = 16 / 15
-"""So much more than planned still goes into a file of the arena."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,13 +106,9 @@ class FileSaver:
             return Request(step=step, tiers=tiers, failure=failure)
         large = {part.name: part.size for part in parts if part.recycled}
         names = frozenset(part.name for part in parts)
-        changed = not self._is_planned or names != self._names or not self._fit(large)
+        changed = not self._is_planned or names != self._names or not fits(large, self._planned)
         size = None if changed else max((*large.values(), *self._planned.values()), default=0)
         return Request(step=step, tiers=tiers, urgent=urgent, structure_changed=changed, size=size)
-
-    def _fit(self, large: Mapping[str, int]) -> bool:
-        """Whether they go where room was made for them: files grow with what they hold."""
-        return all(size <= _WITH_SLACK * self._planned.get(name, 0) for name, size in large.items())
 
     def _plan(self, taken: FileSet, step: int) -> list[PartSource]:
         """See with all ranks that names are used once, and that the generations fit. Collective."""

@@ -18,7 +18,7 @@ from sm_tiered.parts import PartSource
 from sm_tiered_dcp.archive import Packed, Packer
 from sm_tiered_dcp.collector import collector_paused
 from sm_tiered_dcp.dcp_parts import BytesPart, ValueEntry
-from sm_tiered_dcp.engine import Engine
+from sm_tiered_dcp.engine import Engine, fits
 from sm_tiered_dcp.fingerprints import fingerprint
 from sm_tiered_dcp.leaves import Stateful
 from sm_tiered_dcp.packed_part import PackedPart
@@ -30,9 +30,6 @@ __all__ = ["State", "StateSaver"]
 
 State = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 """A state, or what returns it."""
-
-_WITH_SLACK = 16 / 15
-"""So much more than planned still goes into a file of the arena."""
 
 
 @dataclass(slots=True)
@@ -155,7 +152,11 @@ class StateSaver:
     ) -> Request:
         if taken is None or failure is not None:
             return Request(step=step, tiers=tiers, failure=failure)
-        changed = self.plan is None or taken.signature != self._signature or not self._fits(taken)
+        changed = (
+            self.plan is None
+            or taken.signature != self._signature
+            or not fits(taken.archive_sizes, self._planned_archives)
+        )
         return Request(
             step=step,
             tiers=tiers,
@@ -163,13 +164,8 @@ class StateSaver:
             structure_changed=changed,
             values_signature=values_signature(taken.flat),
             values_fingerprint=fingerprint({fqn: leaf.value for fqn, leaf in taken.flat.values.items()}),
-            size=None if changed else max(self.last_size or 0, taken.largest_archive),
+            size=None if changed else max([self.last_size or 0, *sizes.values()]),
         )
-
-    def _fits(self, taken: _Taken) -> bool:
-        """Whether the archives fit where room was made for them: they grow with what they hold."""
-        planned = self._planned_archives
-        return all(packed.frame.size <= _WITH_SLACK * planned.get(fqn, 0) for fqn, packed in taken.archives.items())
 
     def _plan(self, taken: _Taken, step: int | None) -> None:
         """Plan with all ranks, and see to it that the generations fit. Collective."""
@@ -184,7 +180,7 @@ class StateSaver:
             taken.archives.clear()
             self._packers.clear()
         grown = not first and taken.signature == self._signature
-        self._planned_archives = {fqn: packed.frame.size for fqn, packed in taken.archives.items()}
+        self._planned_archives = taken.archive_sizes
         sizes = [part.layout.size for part in self.plan.parts]
         sizes += self._planned_archives.values()
         self._signature, self.last_size = taken.signature, max(sizes, default=0)
@@ -268,9 +264,9 @@ class _Taken:
     """The common values that this rank stores; None: rank 0 stores them all."""
 
     @property
-    def largest_archive(self) -> int:
-        """In bytes."""
-        return max((packed.frame.size for packed in self.archives.values()), default=0)
+    def archive_sizes(self) -> dict[str, int]:
+        """In bytes, by name."""
+        return {fqn: packed.frame.size for fqn, packed in self.archives.items()}
 
 
 def _raise(failure: Exception | None) -> None:

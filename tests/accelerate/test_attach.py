@@ -74,6 +74,7 @@ def test_a_script_that_stays_as_it_is(which: dict[str, Any]) -> None:
         assert training.accelerator.step == 4
         assert tiered.restored is not None
         training.accelerator.save_state()
+        tiered.wait()
         assert tiered.latest() == 1
         training.accelerator.load_state()
         assert tiered.restored.step == 1

@@ -140,8 +140,9 @@ def work(rank: int, which: dict[str, Any], first: int, last: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-@pytest.mark.parametrize("wiped", [False, True])
+@pytest.mark.parametrize(
+    ("nodes", "wiped"), [(1, False), (1, True), (2, False), pytest.param(2, True, marks=pytest.mark.long)]
+)
 def test_each_rank_sees_its_own(tmp_path: Path, memory_dir: Path, nodes: int, wiped: bool) -> None:
     whiches = [recipe(tmp_path, memory_dir / str(node) if nodes > 1 else memory_dir) for node in range(2)]
     run(2, work_on, whiches, 1, 4)

@@ -104,7 +104,6 @@ def same(one: Job, other: Job) -> None:
     [
         ("auto", KILLS[:1], "s3"),
         ("ddp", ALL, "disk"),
-        ("fsdp2", KILLS[:1], "s3"),
         pytest.param("auto", KILLS, "s3", marks=pytest.mark.long),
         pytest.param("fsdp2", KILLS, "s3", marks=pytest.mark.long),
         pytest.param("auto", ALL, "disk", marks=pytest.mark.long),

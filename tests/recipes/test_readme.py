@@ -105,10 +105,10 @@ def test_the_lightning_training_goes_on_from_its_last_step(folder: Path) -> None
 
 
 @pytest.mark.timeout(280)
-def test_the_accelerate_training_goes_on_from_its_last_step(folder: Path) -> None:
+def test_the_accelerate_training_ends_where_it_was_saved(folder: Path) -> None:
+    # That it goes on from there: test_accelerate_recipe.py.
     training = code("Accelerate")
     run(folder, sys.executable, "-c", f"{training}\nassert step == 100\nassert tiered.restored.step == 100\n")
-    run(folder, sys.executable, "-c", f"{training}\nassert step == 200\nassert tiered.restored.step == 200\n")
 
 
 @pytest.mark.timeout(280)
