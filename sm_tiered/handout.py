@@ -94,10 +94,7 @@ class Handout:
         """Return this rank's directory, *called* so, with what is *shared*, and its *own* files by name and path."""
         directory = self._view / called
         directory.mkdir(mode=0o700, exist_ok=True)
-        for name in shared:
-            if name not in own:
-                self._link(directory / name, str(self._shared / name))
-        for name, path in own.items():
+        for name, path in {**{name: str(self._shared / name) for name in shared}, **own}.items():
             self._link(directory / name, path)
         return directory
 

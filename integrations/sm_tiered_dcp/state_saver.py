@@ -152,11 +152,8 @@ class StateSaver:
     ) -> Request:
         if taken is None or failure is not None:
             return Request(step=step, tiers=tiers, failure=failure)
-        changed = (
-            self.plan is None
-            or taken.signature != self._signature
-            or not fits(taken.archive_sizes, self._planned_archives)
-        )
+        sizes = taken.archive_sizes
+        changed = self.plan is None or taken.signature != self._signature or not fits(sizes, self._planned_archives)
         return Request(
             step=step,
             tiers=tiers,

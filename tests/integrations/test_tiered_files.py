@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.testing._internal.two_tensor import TwoTensor
 
+from sm_tiered.checksum import CHUNK_BYTES
 from sm_tiered.errors import MismatchError, NothingRestorableError, StructureError
 from sm_tiered_dcp.archive import Packed
 from sm_tiered_dcp.files import BytesFile, DiskFile, FileSet, SafetensorsFile, TorchFile
@@ -191,25 +192,26 @@ def test_another_number_of_ranks_is_refused_unless_the_recipe_allows_it(tmp_path
 
 
 def test_a_flipped_bit_leads_to_the_next_tier_then_to_an_error(tmp_path: Path, memory_dir: Path) -> None:
-    which = recipe(tmp_path, memory_dir)
+    which, spare = recipe(tmp_path, memory_dir), spare_file(tmp_path, CHUNK_BYTES + LARGE)
     with TieredFiles.from_recipe(which) as tiered:
-        tiered.save(1, files).wait("disk")
-    flip(step_dir(memory_dir, 1) / "optimizer.bin")
+        tiered.save(1, lambda step: files(step, spare=spare)).wait("disk")
+    damaged = "engine/deep/0.bin"
+    flip_last(step_dir(memory_dir, 1) / damaged)
     with TieredFiles.from_recipe(which) as tiered:
         step, found = restored(tiered)
         assert tiered.restored is not None
         assert (step, tiered.restored.tier) == (1, "memory+disk")
         assert found["model.safetensors"] == save(content(1), {"format": "pt"})
-        (tmp_path / "optimizer").write_bytes(found["optimizer.bin"])
-        assert torch.load(tmp_path / "optimizer", weights_only=True)["lr"] == 0.1
-    flip(step_dir(tmp_path / "disk", 1) / "optimizer.bin")
-    with TieredFiles.from_recipe(which) as tiered, pytest.raises(NothingRestorableError, match=r"optimizer\.bin"):
+        assert found[damaged] == Path(spare).read_bytes()
+    flip_last(step_dir(tmp_path / "disk", 1) / damaged)
+    with TieredFiles.from_recipe(which) as tiered, pytest.raises(NothingRestorableError, match=r"engine/deep/0\.bin"):
         restored(tiered)
 
 
-def flip(path: Path) -> None:
+def flip_last(path: Path) -> None:
+    """Damage what is verified last."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[-1] ^= 1
     path.write_bytes(data)
 
 

@@ -263,8 +263,8 @@ MUTANTS = (
     Mutant(
         name="each rank sees rank 0's own file",
         path="sm_tiered/handout.py",
-        old="            if name not in own:\n",
-        new="            if True:\n",
+        old="for name in shared}, **own}",
+        new="for name in shared}}",
         tests=("tests/integrations/test_tiered_files.py::test_each_rank_sees_its_own",),
     ),
     Mutant(
@@ -274,7 +274,7 @@ MUTANTS = (
         new="(source.rank, source.item.part): [(0, 1)]",
         tests=(
             "tests/accelerate/test_attach.py::test_damage_is_found_and_never_loaded",
-            "tests/integrations/test_tiered_files.py::test_files_come_back_byte_for_byte",
+            "tests/integrations/test_tiered_files.py::test_a_flipped_bit_leads_to_the_next_tier_then_to_an_error",
         ),
     ),
     Mutant(
