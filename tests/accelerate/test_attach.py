@@ -25,7 +25,7 @@ from sm_tiered.errors import (
 from sm_tiered_accelerate import attach, stock
 from sm_tiered_accelerate.capture import catching
 from tests.accelerate.training import Training, accelerator_for
-from tests.distributed.dcp_jobs import ROOT, recipe, step_dir, steps
+from tests.distributed.dcp_jobs import ROOT, recipe, s3_tier, step_dir, steps
 
 
 @pytest.fixture
@@ -395,10 +395,7 @@ def test_where_nothing_can_be_caught_all_goes_through_files(
 
 def test_a_uri_names_the_checkpoint_that_is_loaded(tmp_path: Path, memory_dir: Path, make_s3_settings: Any) -> None:
     s3 = make_s3_settings()
-    fields = {"kind": "s3", "uri": f"s3://{s3.bucket}/{s3.prefix}", "endpoint_url": s3.endpoint_url, "allow_http": True}
-    which = recipe(
-        tmp_path, memory_dir, disk=None, tiers={"s3": {**fields, "region": "us-east-1", "force_path_style": True}}
-    )
+    which = recipe(tmp_path, memory_dir, disk=None, tiers={"s3": s3_tier(s3)})
     training = fresh()
     uri = f"s3://{s3.bucket}/{s3.prefix}"
     with attach(training.accelerator, which) as tiered:

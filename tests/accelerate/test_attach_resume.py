@@ -9,41 +9,40 @@ from typing import Any
 
 import pytest
 
-from tests.accelerate.training import train
-from tests.distributed.dcp_jobs import recipe, run, start
+from tests.accelerate.training import losses, train
+from tests.distributed.dcp_jobs import recipe, run, s3_tier, start
 
 STEPS = 12
 
 
-def losses(out: Path, rank: int) -> dict[int, list[str]]:
-    """The losses of each step, as they were computed last."""
-    found: dict[int, list[str]] = {}
-    previous = -1
-    for line in Path(f"{out}.{rank}").read_text().splitlines():
-        step, loss = line.split()
-        if int(step) < previous:
-            found = {one: values for one, values in found.items() if one < int(step)}
-        if int(step) != previous:
-            found[int(step)] = []
-        found[int(step)].append(loss)
-        previous = int(step)
-    return found
-
-
-@pytest.mark.parametrize("world", [0, 2])
-def test_killed_twice_it_ends_as_if_it_had_not_been(tmp_path: Path, memory_dir: Path, world: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "tier", "cuts"),
+    [
+        (0, "disk", (7, 9)),
+        (2, "s3", (7, 9)),
+        pytest.param(0, "s3", (5, 8), marks=pytest.mark.long),
+        pytest.param(2, "disk", (5, 10), marks=pytest.mark.long),
+        pytest.param(2, "s3", (6, 11), marks=pytest.mark.long),
+    ],
+)
+def test_killed_twice_it_ends_as_if_it_had_not_been(
+    tmp_path: Path, memory_dir: Path, make_s3_settings: Any, world: int, tier: str, cuts: tuple[int, int]
+) -> None:
     alone = recipe(tmp_path, memory_dir / "uncut", disk=None)
     uncut = run(world, train, world, alone, str(tmp_path / "uncut"), STEPS)
-    saves = {"memory": {"save": {"every_n_steps": 2}}, "disk": {"save": {"every_n_steps": 4}}}
-    which, out = recipe(tmp_path, memory_dir / "cut", **saves), tmp_path / "cut"
+    near, far = {"save": {"every_n_steps": 2}}, {"save": {"every_n_steps": 4}}
+    durable: dict[str, Any] = {"disk": far}
+    if tier == "s3":
+        durable = {"disk": None, "tiers": {"s3": {**s3_tier(make_s3_settings()), **far}}}
+    which, out = recipe(tmp_path, memory_dir / "cut", memory=near, **durable), tmp_path / "cut"
     began: list[Any] = []
-    for cut_at, lost in ((7, False), (9, True), (None, False)):
+    for cut_at, lost in ((cuts[0], False), (cuts[1], True), (None, False)):
         ends = start(world, train, world, which, str(out), STEPS, cut_at, lost).wait()
         assert [end.status for end in ends] == [0 if cut_at is None else -signal.SIGKILL] * max(1, world), ends
         if lost:
             os.rename(memory_dir / "cut", memory_dir / "lost")
         began = [end.value[0] for end in ends if end.value is not None]
-    assert began == [(8, "disk")] * max(1, world)
+    assert began == [(8, tier)] * max(1, world)
     for rank in range(max(1, world)):
-        assert losses(out, rank) == losses(tmp_path / "uncut", rank)
+        assert losses(Path(f"{out}.{rank}")) == losses(tmp_path / f"uncut.{rank}")
         assert ends[rank].value[1] == uncut[rank][1]

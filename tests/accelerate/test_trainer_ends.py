@@ -33,7 +33,7 @@ def test_an_end_that_an_evaluation_decides_on_is_saved(tmp_path: Path, memory_di
 
 
 def test_a_sigterm_ends_it_when_all_is_safe(tmp_path: Path, memory_dir: Path) -> None:
-    from tests.accelerate.test_trainer_resume import losses
+    from tests.accelerate.training import losses
 
     told = {"save": {"any": [{"every_n_steps": 4}, "on_preemption"]}}
     both: dict[str, Any] = {"memory": told, "disk": {"save": {"any": ["on_preemption", "on_end"]}}}
@@ -49,7 +49,7 @@ def test_a_sigterm_ends_it_when_all_is_safe(tmp_path: Path, memory_dir: Path) ->
     ends = run(2, sent, tmp_path / "cut", which, None)
     assert ends == [("checkpoint-3", False, 6)] * 2
     for rank in range(2):
-        assert losses(tmp_path / "cut", rank) == losses(tmp_path / "uncut", rank)
+        assert losses(tmp_path / f"cut/losses.{rank}") == losses(tmp_path / f"uncut/losses.{rank}")
 
 
 def sent(rank: int, root: Path, which: Any, at: int | None) -> tuple[str | None, bool, int]:

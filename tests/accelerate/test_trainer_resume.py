@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sm_tiered.settings import S3Settings
-from tests.distributed.dcp_jobs import Ended, recipe, start
+from tests.accelerate.training import losses
+from tests.distributed.dcp_jobs import Ended, recipe, s3_tier, start
 
 
 def train(rank: int, world: int, which: Any, root: Path, cut_at: int | None, evaluated: str) -> Any:
@@ -18,31 +19,6 @@ def train(rank: int, world: int, which: Any, root: Path, cut_at: int | None, eva
     from tests.accelerate import hf_job
 
     return hf_job.train(rank, world, which, str(root), cut_at, eval_strategy=evaluated, eval_steps=3)
-
-
-def losses(root: Path, rank: int) -> dict[int, list[str]]:
-    """The losses of each step, as they were computed last."""
-    found: dict[int, list[str]] = {}
-    previous = -1
-    for line in Path(f"{root}/losses.{rank}").read_text().splitlines():
-        step, loss = line.split()
-        if int(step) != previous:
-            found[int(step)] = []
-        found[int(step)].append(loss)
-        previous = int(step)
-    return found
-
-
-def bucket(settings: S3Settings) -> dict[str, Any]:
-    """The tier of *settings*, as a recipe has it."""
-    return {
-        "kind": "s3",
-        "uri": f"s3://{settings.bucket}/{settings.prefix}",
-        "endpoint_url": settings.endpoint_url,
-        "allow_http": True,
-        "region": settings.region,
-        "force_path_style": True,
-    }
 
 
 @pytest.mark.parametrize(
@@ -72,7 +48,7 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(
         near, far = {"save": {"every_n_steps": 2}}, {"save": {"every_n_steps": 4}}
         durable: dict[str, Any] = {"disk": far}
         if settings is not None:
-            durable = {"disk": None, "tiers": {"s3": {**bucket(settings), **far}}}
+            durable = {"disk": None, "tiers": {"s3": {**s3_tier(settings), **far}}}
         which = recipe(root, memory_dir / name, memory=near, namespace=f"run-{name}", **durable)
         # Evaluating draws from the random state that training goes on with.
         ends = start(world, train, world, which, root, cut_at, evaluated).wait()
@@ -87,7 +63,7 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(
     for rank, end in enumerate(ends):
         found, weights = end.value
         assert found == "checkpoint-8"
-        assert losses(tmp_path / "cut", rank) == losses(tmp_path / "uncut", rank)
+        assert losses(tmp_path / f"cut/losses.{rank}") == losses(tmp_path / f"uncut/losses.{rank}")
         assert weights == uncut[rank].value[1]
     began = Path(tmp_path / "cut" / "losses.began").read_text().split()
     assert began == ["None", "checkpoint-6", "checkpoint-8"]

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from sm_tiered_accelerate import attach
 from tests.distributed.dcp_jobs import bits
 
+BEGINS = "a launch begins"
+
 
 class Numbers(Dataset[torch.Tensor]):
     """Forty samples, each of its own."""
@@ -109,6 +111,8 @@ def train(
         began = tiered.restore()
         restored = tiered.restored
         step = began or 0
+        with Path(f"{out}.{rank}").open("a") as file:
+            file.write(f"{BEGINS}\n")
         for loss, stepped in training.batches():
             with Path(f"{out}.{rank}").open("a") as file:
                 file.write(f"{step} {loss.hex()}\n")
@@ -123,3 +127,19 @@ def train(
             if step == steps:
                 break
     return (began, restored.tier if restored is not None else None), training.weights()
+
+
+def losses(path: Path) -> dict[int, list[str]]:
+    """Return the losses of each step that *path* tells of, as they were computed last."""
+    found: dict[int, list[str]] = {}
+    previous = -1
+    for line in path.read_text().splitlines():
+        if line == BEGINS:
+            previous = -1
+            continue
+        step, loss = line.split()
+        if int(step) != previous:
+            found[int(step)] = []
+        found[int(step)].append(loss)
+        previous = int(step)
+    return found

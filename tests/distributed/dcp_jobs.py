@@ -24,6 +24,7 @@ from typing import Any, cast
 import pytest
 
 from sm_tiered import layout
+from sm_tiered.settings import S3Settings
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECS = 50.0
@@ -231,6 +232,18 @@ def recipe(folder: Path, memory: Path | None, /, **changes: Any) -> dict[str, An
     tiers |= changes.pop("tiers", {})
     limits = {"group_timeout_secs": 30, "drain_timeout_secs": 60, "in_use_wait_secs": 5, "stream_timeout_secs": 30}
     return {"version": 1, "namespace": NAMESPACE, **limits, "tiers": tiers, **changes}
+
+
+def s3_tier(settings: S3Settings) -> dict[str, Any]:
+    """Return the tier of *settings* as a recipe has it."""
+    return {
+        "kind": "s3",
+        "uri": f"s3://{settings.bucket}/{settings.prefix}",
+        "endpoint_url": settings.endpoint_url,
+        "allow_http": True,
+        "region": settings.region,
+        "force_path_style": True,
+    }
 
 
 def steps(root: Path, name: str = "*") -> dict[int, list[str]]:
