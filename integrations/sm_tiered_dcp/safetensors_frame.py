@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -111,8 +112,8 @@ def _kinds() -> Mapping[torch.dtype, _Kind]:
         try:
             tensor = torch.zeros(1, dtype=torch.uint8).new_empty(dtype.itemsize).view(dtype)
             save({"x": tensor})
-        except Exception:  # noqa: BLE001 - a dtype that torch or the library can't make or write is none of these
-            continue
+        except (KeyError, RuntimeError, SafetensorError):
+            continue  # a dtype that the library does not know, or torch can't make
         ones[str(dtype)], known[str(dtype)] = tensor, dtype
     written = save(ones)
     length = int.from_bytes(written[:_LENGTH_BYTES], "little")

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sm_tiered.errors import (
     NothingRestorableError,
     RestoreIncompleteError,
     SaveError,
+    TierFullError,
 )
 from sm_tiered_accelerate import attach, stock
 from sm_tiered_accelerate.capture import catching
@@ -371,11 +373,20 @@ def test_trackers_see_what_is_there(both: dict[str, Any], monkeypatch: pytest.Mo
     assert told[2] == ({"sm_tiered/durable_step": 2.0, "sm_tiered/drain_lag_steps": 0.0}, 2)
 
 
-def test_a_full_memory_tier_streams_to_the_disk(which: dict[str, Any], tmp_path: Path) -> None:
+def test_a_state_over_memorys_budget_is_refused_at_the_first_save(which: dict[str, Any]) -> None:
     which["tiers"]["memory"]["budget"] = "1MiB"
     training = fresh(width=1 << 16)
     with attach(training.accelerator, which) as tiered, pytest.raises(ConfigError, match="budget"):
         tiered.save(1)
+
+
+def test_a_full_memory_tier_is_told_at_the_first_save(tmp_path: Path, make_tmpfs: Callable[[str, int], Path]) -> None:
+    training = fresh(width=1 << 18)
+    which = recipe(tmp_path, make_tmpfs("full", 4), memory={"allow_disk": True})
+    with attach(training.accelerator, which) as tiered:
+        with pytest.raises(TierFullError, match="memory"):
+            tiered.save(1)
+        assert tiered.latest() is None
 
 
 def test_where_nothing_can_be_caught_all_goes_through_files(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from sm_tiered.checksum import CHUNK_BYTES
 from sm_tiered.errors import MismatchError, NothingRestorableError, StructureError
+from sm_tiered.handout import Handout
 from sm_tiered_dcp.archive import Packed
 from sm_tiered_dcp.files import BytesFile, DiskFile, FileSet, SafetensorsFile, TorchFile
 from sm_tiered_dcp.packed_part import PackedPart
@@ -269,6 +271,25 @@ def test_what_a_killed_restore_left_is_removed(
         assert restored(tiered)[0] == 1
         left = list(base.iterdir()) if base.exists() else []
     assert not left
+
+
+def test_what_does_not_fit_into_memory_is_handed_out_on_the_disk(
+    tmp_path: Path, make_tmpfs: Callable[[str, int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    small = make_tmpfs("small", 4)
+    handout = Handout(small, 0, "token")
+    handout.open()
+    for size, where in ((1 << 20, small), (8 << 20, tmp_path)):
+        place = handout.room(size)
+        assert place is not None
+        assert place.path is not None
+        assert Path(place.path).is_relative_to(where)
+        assert os.path.getsize(place.path) == size
+    assert not Path(place.path).is_relative_to(small)
+    handout.close()
+    assert not list(small.rglob("*-*"))
+    assert not list(tmp_path.glob("sm_tiered-restored-*"))
 
 
 def killed_in_restore(rank: int, which: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RECIPES = ROOT / "recipes"
+from tests.recipes.test_lightning_recipes import RECIPES, ROOT, adapted
+
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
 
 
@@ -34,17 +34,8 @@ def train(recipe: Path, steps: int, *, ranks: int = 1) -> str:
     return done.stdout + done.stderr
 
 
-def adapted(folder: Path, memory: Path) -> Path:
-    """Copy the recipe, its memory tier in *memory*."""
-    text = (RECIPES / "hf_trainer.yaml").read_text()
-    assert text.count("kind: memory") == 1
-    copy = folder / "hf_trainer.yaml"
-    copy.write_text(text.replace("kind: memory", f"kind: memory\n    path: {memory}"))
-    return copy
-
-
 def test_it_goes_on_from_the_disk_after_the_node_is_lost(tmp_path: Path, memory_dir: Path) -> None:
-    recipe = adapted(tmp_path, memory_dir)
+    recipe = adapted("hf_trainer.yaml", tmp_path, memory_dir)
     assert "begins anew" in train(recipe, 12)
     assert list((memory_dir / "hf-trainer").glob("step_0000000010-*/optimizer.pt"))
     assert list((tmp_path / "checkpoints/hf-trainer").glob("step_0000000012-*/manifest.json"))
@@ -58,7 +49,7 @@ def test_it_goes_on_from_the_disk_after_the_node_is_lost(tmp_path: Path, memory_
 
 @pytest.mark.long
 def test_it_runs_under_torchrun(tmp_path: Path, memory_dir: Path) -> None:
-    recipe = adapted(tmp_path, memory_dir)
+    recipe = adapted("hf_trainer.yaml", tmp_path, memory_dir)
     train(recipe, 12, ranks=2)
     assert "goes on from checkpoint-12" in train(recipe, 14, ranks=2)
     assert list((memory_dir / "hf-trainer").glob("step_0000000014-*/record-00001.json"))
