@@ -21,7 +21,7 @@ from sm_tiered.cli.common import (
 )
 from sm_tiered.cli.ls import attempt_names
 from sm_tiered.cli.output import note_error, print_json, rate, render, size, table, text
-from sm_tiered.cli.watch import Timed, Watch
+from sm_tiered.cli.progress import Timed, Watch
 from sm_tiered.errors import TieredError, TierRefusedError
 from sm_tiered.inventory import list_checkpoints
 from sm_tiered.settings import Settings, TierSettings
