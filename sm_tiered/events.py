@@ -20,6 +20,7 @@ __all__ = [
     "NewerAttemptSeen",
     "NothingSaved",
     "Preempted",
+    "Progress",
     "PromoteFailed",
     "PromoteStarted",
     "Pruned",
@@ -27,11 +28,13 @@ __all__ = [
     "Restored",
     "SaveAcknowledged",
     "SaveFailed",
+    "SaveRequested",
     "SaveSkipped",
     "SaveStaged",
     "SaveStreamed",
     "StructureReplanned",
     "TierUnreachable",
+    "TrainingEnded",
     "plain",
 ]
 
@@ -275,6 +278,35 @@ class Preempted(Event):
     level: ClassVar[int] = logging.WARNING
     text: ClassVar[str] = "step {step}: told to stop"
     step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRequested(Event):
+    """Somebody asked the running job for a save; it is taken with this step."""
+
+    alike: ClassVar[bool] = True
+    text: ClassVar[str] = "step {step}: a save was asked for"
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress(Event):
+    """The training has come to this step. Told by rank 0 now and then, so that a ledger sees where a failure struck."""
+
+    level: ClassVar[int] = logging.DEBUG
+    text: ClassVar[str] = "step {step}: training goes on"
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingEnded(Event):
+    """The training let go of its checkpoints in good order, after this step (None: none was seen)."""
+
+    alike: ClassVar[bool] = True
+    text: ClassVar[str] = "training ended after step {step}: {how}"
+    step: int | None
+    how: str
+    """``finished``, ``closed`` or ``failed`` (an exception left the loop). A kill tells nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
