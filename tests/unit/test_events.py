@@ -55,7 +55,7 @@ def test_every_event_has_one_line_for_people_and_one_for_machines(
     kind: type[Event], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     event = sample(kind)
-    with caplog.at_level(logging.INFO, "sm_tiered"):
+    with caplog.at_level(logging.DEBUG, "sm_tiered"):
         Events(namespace="run", rank=0, path=path).emit(event)
     [record] = caplog.records
     assert (record.namespace, record.rank, record.event) == ("run", 0, kind.__name__)  # type: ignore[attr-defined]
