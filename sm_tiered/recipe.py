@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from sm_tiered.errors import ConfigError, RecipeError, TieredError
 from sm_tiered.layout import check_namespace
-from sm_tiered.policies.save import AnyOf, EveryNSteps, SavePolicy
+from sm_tiered.policies import AnyOf, EveryNSteps, SavePolicy
 from sm_tiered.recipe_fields import closest, shown
 from sm_tiered.recipe_models import MemoryTier, Tier
 from sm_tiered.recipe_policies import Flag, Secs, Section, located
@@ -157,7 +157,7 @@ class Recipe(Section):
             in_use_wait_secs=self.in_use_wait_secs,
             stream_timeout_secs=self.stream_timeout_secs,
             source=self._source,
-            text=json.dumps(self.model_dump(mode="json", exclude_none=True), separators=(",", ":")),
+            text=json.dumps(self.model_dump(mode="json", exclude_none=True, by_alias=True), separators=(",", ":")),
         )
 
     def warnings(self) -> list[str]:
@@ -286,8 +286,9 @@ def _told(error: ErrorDetails, document: Document) -> tuple[Path, str, str | Non
 
 
 def _path(loc: tuple[int | str, ...]) -> Path:
-    """Where in the recipe: pydantic names the kind of a tier as if it were a key."""
-    return loc[:2] + loc[3:] if loc[:1] == ("tiers",) and len(loc) > 2 else loc
+    """Where in the recipe: pydantic names the kind of a tier, and ways to write a value, as if they were keys."""
+    path = loc[:2] + loc[3:] if loc[:1] == ("tiers",) and len(loc) > 2 else loc
+    return tuple(part for part in path if not str(part).startswith("~"))
 
 
 def _why(value: object, path: Path, document: Document) -> str | None:

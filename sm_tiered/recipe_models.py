@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sm_tiered.errors import ConfigError
-from sm_tiered.policies.save import SavePolicy
+from sm_tiered.policies import OnException, SavePolicy, members_of
 from sm_tiered.recipe_fields import (
     check_bucket_uri,
     check_endpoint,
@@ -40,6 +40,14 @@ class MemoryTier(_TierSection):
     budget: Size | None = None
     keep: KeepSpec = KeepSpec(latest=2)
     allow_disk: Flag = False
+
+    @field_validator("save")
+    @classmethod
+    def _no_exception(cls, save: SaveSpec | None) -> SaveSpec | None:
+        if save is not None and any(isinstance(policy, OnException) for policy in members_of(save.policy())):
+            message = "on_exception brings what is whole in memory to other tiers: the memory tier has it"
+            raise ConfigError(message, hint="Write it where a durable tier says when to save.")
+        return save
 
     @field_validator("keep")
     @classmethod

@@ -11,7 +11,7 @@ from sm_tiered.exchange import Offer, exchange
 from sm_tiered.group import Group
 from sm_tiered.policies.context import Need, SaveContext
 from sm_tiered.policies.keep import wanted_metrics
-from sm_tiered.policies.save import AllOf, AnyOf, OnEnd, SavePolicy, ask, needs_of
+from sm_tiered.policies import OnEnd, SavePolicy, ask, members_of, needs_of
 from sm_tiered.preemption import Preemption
 from sm_tiered.settings import Settings
 

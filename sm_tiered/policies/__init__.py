@@ -1,34 +1,38 @@
-"""When to save and what to keep: pure functions of facts, composable with ``|`` and ``&``, testable without storage."""
+"""When to save and what to keep: pure functions of facts, composable with ``|``, ``&`` and ``~``, without storage."""
 
 from __future__ import annotations
 
 from sm_tiered.policies.context import CommittedCheckpoint, Need, SaveContext, check_metrics
+from sm_tiered.policies.costs import MaxOverhead, Optimal
 from sm_tiered.policies.keep import (
+    AllOfKeep,
     AnyOfKeep,
     Best,
+    KeepAtSteps,
     KeepEveryNSteps,
     KeepPolicy,
     Latest,
     NewerThanSecs,
+    NotKeep,
     ask_keep,
     wanted_metrics,
 )
-from sm_tiered.policies.save import (
-    AllOf,
-    AnyOf,
+from sm_tiered.policies.save import AllOf, AnyOf, Not, SavePolicy, ask, members_of, needs_of
+from sm_tiered.policies.when import (
     AtSteps,
     EveryNEpochs,
     EveryNSteps,
     EverySecs,
     OnEnd,
+    OnException,
     OnPreemption,
-    SavePolicy,
-    ask,
-    needs_of,
+    OnRequest,
+    WhenImproved,
 )
 
 __all__ = [
     "AllOf",
+    "AllOfKeep",
     "AnyOf",
     "AnyOfKeep",
     "AtSteps",
@@ -37,18 +41,27 @@ __all__ = [
     "EveryNEpochs",
     "EveryNSteps",
     "EverySecs",
+    "KeepAtSteps",
     "KeepEveryNSteps",
     "KeepPolicy",
     "Latest",
+    "MaxOverhead",
     "Need",
     "NewerThanSecs",
+    "Not",
+    "NotKeep",
     "OnEnd",
+    "OnException",
     "OnPreemption",
+    "OnRequest",
+    "Optimal",
     "SaveContext",
     "SavePolicy",
+    "WhenImproved",
     "ask",
     "ask_keep",
     "check_metrics",
+    "members_of",
     "needs_of",
     "wanted_metrics",
 ]

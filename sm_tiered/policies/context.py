@@ -12,7 +12,16 @@ from typing import cast
 from sm_tiered.errors import PolicyError
 from sm_tiered.records import CheckpointId
 
-__all__ = ["CommittedCheckpoint", "Need", "SaveContext", "check_count", "check_metrics", "check_secs", "describe"]
+__all__ = [
+    "CommittedCheckpoint",
+    "Need",
+    "SaveContext",
+    "check_count",
+    "check_metric",
+    "check_metrics",
+    "check_secs",
+    "describe",
+]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring, _SHORT.maxother = 60, 200
@@ -26,7 +35,11 @@ class Need(Enum):
     METRICS = "metrics"
     """Metrics; rank 0's decide."""
     SIGNAL = "signal"
-    """Signals and requests, by whichever rank saw them."""
+    """Signals, by whichever rank saw them."""
+    REQUEST = "request"
+    """Requests, by whichever rank saw them."""
+    COST = "cost"
+    """How long saves block training; the slowest rank's counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +57,28 @@ class SaveContext:
     """When that was, by the same clock."""
     preempted: bool = False
     """Whether any rank was told to stop."""
+    requested: bool = False
+    """Whether somebody has asked for a save, as any rank saw."""
+    failed: bool = False
+    """Whether an exception has left the training."""
     epochs_ended: int | None = None
     """How many epochs are over, where one ends with this step; None within one. Every rank's own trainer says so."""
     ending: bool = False
     """Whether training is over; every rank is told so by its own trainer."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    saved_metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    """Lowest and highest value of each metric over the checkpoints that were saved to this tier."""
+    cost_secs: float | None = None
+    """How long a save blocks training on the slowest rank, typical of the last ones; None: none was measured yet."""
+    failures: int = 0
+    """How many failures have been seen in this namespace that this tier is there for."""
+    observed_secs: float = 0.0
+    """For how long they have been counted: since the first attempt began."""
+
+    @property
+    def secs_since_saved(self) -> float:
+        """Seconds since the last save to this tier, or since the start; a clock that went back counts as no time."""
+        return max(0.0, self.now - (self.started_at if self.last_saved_at is None else self.last_saved_at))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +105,19 @@ def check_count(owner: str, value: object, *, hint: str) -> int:
     return value
 
 
-def check_secs(owner: str, value: object) -> float:
+def check_metric(owner: str, metric: object, mode: object) -> None:
+    """See that *metric* is a name and *mode* one of ``min`` and ``max``.
+
+    Raises:
+        PolicyError: otherwise.
+    """
+    if not isinstance(metric, str) or not metric:
+        raise PolicyError(f"{owner} needs metric, a name; got {describe(metric)}", hint="E.g. metric: val_loss.")
+    if mode not in ("min", "max"):
+        raise PolicyError(f"{owner}: mode is {describe(mode)}", hint="Choose min or max: which value is better.")
+
+
+def check_secs(owner: str, value: object, *, name: str = "secs") -> float:
     """Return *value* as a duration in seconds, above 0 and finite.
 
     Raises:
@@ -83,9 +125,9 @@ def check_secs(owner: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         hint = "Seconds, without a unit, e.g. 1800."
-        raise PolicyError(f"{owner}: secs must be a number, got {describe(value)}", hint=hint)
+        raise PolicyError(f"{owner}: {name} must be a number, got {describe(value)}", hint=hint)
     if not (math.isfinite(value) and value > 0):
-        raise PolicyError(f"{owner}: secs must be above 0 and finite, got {value}", hint="Seconds, e.g. 1800.")
+        raise PolicyError(f"{owner}: {name} must be above 0 and finite, got {value}", hint="Seconds, e.g. 1800.")
     return float(value)
 
 
@@ -112,7 +154,7 @@ def check_metrics(metrics: Mapping[str, object], *, wanted: Iterable[str] = ()) 
     if found and missing:
         raise PolicyError(
             f"metric {missing[0]!r} not in metrics; have {_SHORT.repr(sorted(found))}",
-            hint="keep: best ranks checkpoints by it: pass it with the save, or correct its name in the policy.",
+            hint="A policy of the recipe looks at it: pass it with the save, or correct its name in the policy.",
         )
     return found
 

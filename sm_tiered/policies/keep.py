@@ -8,18 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from sm_tiered.errors import PolicyError
-from sm_tiered.policies.context import CommittedCheckpoint, check_count, check_secs, describe
+from sm_tiered.policies.context import CommittedCheckpoint, check_count, check_metric, check_secs, describe
+from sm_tiered.policies.when import check_steps
 
 __all__ = [
+    "AllOfKeep",
     "AnyOfKeep",
     "Best",
+    "KeepAtSteps",
     "KeepEveryNSteps",
     "KeepPolicy",
     "Latest",
     "NewerThanSecs",
+    "NotKeep",
     "ask_keep",
     "wanted_metrics",
 ]
@@ -37,15 +41,24 @@ class KeepPolicy(Protocol):
 
 
 class _Composable:
-    """``a | b``, with any other policy on either side."""
+    """``a | b``, ``a & b`` and ``~a``, with any other policy on either side."""
 
     __slots__ = ()
 
     def __or__(self, other: KeepPolicy) -> AnyOfKeep:
-        return _joined(self, other)
+        return _joined(AnyOfKeep, self, other)
 
     def __ror__(self, other: KeepPolicy) -> AnyOfKeep:
-        return _joined(other, self)
+        return _joined(AnyOfKeep, other, self)
+
+    def __and__(self, other: KeepPolicy) -> AllOfKeep:
+        return _joined(AllOfKeep, self, other)
+
+    def __rand__(self, other: KeepPolicy) -> AllOfKeep:
+        return _joined(AllOfKeep, other, self)
+
+    def __invert__(self) -> KeepPolicy:
+        return self.policy if isinstance(self, NotKeep) else NotKeep(cast("KeepPolicy", self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,20 @@ class KeepEveryNSteps(_Composable):
 
 
 @dataclass(frozen=True, slots=True)
+class KeepAtSteps(_Composable):
+    """Keep exactly these steps, for good."""
+
+    steps: tuple[int, ...]
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        object.__setattr__(self, "steps", check_steps("KeepAtSteps", steps))
+
+    def keep(self, checkpoints: Sequence[CommittedCheckpoint]) -> list[bool]:
+        """Keep those."""
+        return _with_newest([entry.checkpoint.step in self.steps for entry in checkpoints])
+
+
+@dataclass(frozen=True, slots=True)
 class NewerThanSecs(_Composable):
     """Keep those saved less than *secs* before the newest one; no clock is asked, so a skewed one deletes nothing."""
 
@@ -103,11 +130,7 @@ class Best(_Composable):
     n: int = 1
 
     def __post_init__(self) -> None:
-        metric, mode = cast(object, self.metric), cast(object, self.mode)
-        if not isinstance(metric, str) or not metric:
-            raise PolicyError(f"Best needs metric, a name; got {describe(metric)}", hint="E.g. metric: val_loss.")
-        if mode not in ("min", "max"):
-            raise PolicyError(f"Best: mode is {describe(mode)}", hint="Choose min or max: which value is better.")
+        check_metric("Best", self.metric, self.mode)
         check_count("Best", self.n, hint=_NO_ROOM)
 
     def keep(self, checkpoints: Sequence[CommittedCheckpoint]) -> list[bool]:
@@ -129,12 +152,44 @@ class AnyOfKeep(_Composable):
     policies: tuple[KeepPolicy, ...]
 
     def __init__(self, policies: Iterable[KeepPolicy]) -> None:
-        object.__setattr__(self, "policies", _checked_policies(policies))
+        object.__setattr__(self, "policies", _checked_policies("AnyOfKeep", policies))
 
     def keep(self, checkpoints: Sequence[CommittedCheckpoint]) -> list[bool]:
         """Keep what one keeps."""
         answers = [ask_keep(policy, checkpoints) for policy in self.policies]
         return [any(row) for row in zip(*answers, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class AllOfKeep(_Composable):
+    """Keep what every one of *policies* keeps."""
+
+    policies: tuple[KeepPolicy, ...]
+
+    def __init__(self, policies: Iterable[KeepPolicy]) -> None:
+        object.__setattr__(self, "policies", _checked_policies("AllOfKeep", policies))
+
+    def keep(self, checkpoints: Sequence[CommittedCheckpoint]) -> list[bool]:
+        """Keep what all keep."""
+        answers = [ask_keep(policy, checkpoints) for policy in self.policies]
+        return [all(row) for row in zip(*answers, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class NotKeep(_Composable):
+    """Keep what *policy* does not keep, and the newest."""
+
+    policy: KeepPolicy
+
+    def __post_init__(self) -> None:
+        _checked_policies("NotKeep", (self.policy,))
+
+    def keep(self, checkpoints: Sequence[CommittedCheckpoint]) -> list[bool]:
+        """Keep the others."""
+        return _with_newest([not kept for kept in ask_keep(self.policy, checkpoints)])
+
+
+_Joint = TypeVar("_Joint", AnyOfKeep, AllOfKeep)
 
 
 def ask_keep(policy: KeepPolicy, checkpoints: Sequence[CommittedCheckpoint]) -> list[bool]:
@@ -161,30 +216,29 @@ def wanted_metrics(policy: KeepPolicy) -> frozenset[str]:
     """Return the names of the metrics that *policy* ranks checkpoints by."""
     if isinstance(policy, Best):
         return frozenset({policy.metric})
-    if isinstance(policy, AnyOfKeep):
+    if isinstance(policy, (AnyOfKeep, AllOfKeep)):
         return frozenset[str]().union(*(wanted_metrics(member) for member in policy.policies))
-    return frozenset()
+    return wanted_metrics(policy.policy) if isinstance(policy, NotKeep) else frozenset()
 
 
 def _with_newest(flags: list[bool]) -> list[bool]:
     return [*flags[:-1], True] if flags else []
 
 
-def _joined(left: object, right: object) -> AnyOfKeep:
+def _joined(kind: type[_Joint], left: object, right: object) -> _Joint:
     if not (isinstance(left, KeepPolicy) and isinstance(right, KeepPolicy)):
         return NotImplemented
-    members = (
-        *(left.policies if isinstance(left, AnyOfKeep) else (left,)),
-        *(right.policies if isinstance(right, AnyOfKeep) else (right,)),
-    )
-    return AnyOfKeep(members)
+    members: list[KeepPolicy] = []
+    for side in (left, right):
+        members += side.policies if isinstance(side, kind) else (side,)
+    return kind(members)
 
 
-def _checked_policies(policies: Iterable[object]) -> tuple[KeepPolicy, ...]:
+def _checked_policies(owner: str, policies: Iterable[object]) -> tuple[KeepPolicy, ...]:
     found = tuple(policies)
     if not found:
-        raise PolicyError("AnyOfKeep of no policies keeps nothing", hint="Name at least one policy.")
+        raise PolicyError(f"{owner} of no policies keeps nothing", hint="Name at least one policy.")
     for policy in found:
         if not isinstance(policy, KeepPolicy):
-            raise PolicyError(f"AnyOfKeep: {describe(policy)} is no keep policy", hint="It needs keep(checkpoints).")
+            raise PolicyError(f"{owner}: {describe(policy)} is no keep policy", hint="It needs keep(checkpoints).")
     return cast("tuple[KeepPolicy, ...]", found)

@@ -1,33 +1,18 @@
-"""When to save to a tier: each policy answers from a `SaveContext` alone; clocks and other ranks are never asked.
+"""Save policies as such: what one is, how they combine, how they are asked. `when` and `costs` hold those we have.
 
-Step 0, the untrained state, is saved only where a policy names it (`AtSteps`, `OnEnd`, `OnPreemption`).
+Each answers from a `SaveContext` alone; clocks and other ranks are never asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast, runtime_checkable
 
-from sm_tiered.errors import ConfigError, PolicyError
-from sm_tiered.layout import check_step
-from sm_tiered.policies.context import Need, SaveContext, check_count, check_secs, describe
+from sm_tiered.errors import PolicyError
+from sm_tiered.policies.context import Need, SaveContext, describe
 
-__all__ = [
-    "AllOf",
-    "AnyOf",
-    "AtSteps",
-    "EveryNEpochs",
-    "EveryNSteps",
-    "EverySecs",
-    "OnEnd",
-    "OnPreemption",
-    "SavePolicy",
-    "ask",
-    "needs_of",
-]
-
-_STEP_ONLY: frozenset[Need] = frozenset()
+__all__ = ["AllOf", "AnyOf", "Composable", "Not", "SavePolicy", "ask", "members_of", "needs_of"]
 
 
 @runtime_checkable
@@ -44,8 +29,8 @@ class SavePolicy(Protocol):
         ...
 
 
-class _Composable:
-    """``a | b`` and ``a & b``, with any other policy on either side."""
+class Composable:
+    """``a | b``, ``a & b`` and ``~a``, with any other policy on either side."""
 
     __slots__ = ()
 
@@ -61,114 +46,12 @@ class _Composable:
     def __rand__(self, other: SavePolicy) -> AllOf:
         return _joined(AllOf, other, self)
 
-
-@dataclass(frozen=True, slots=True)
-class EveryNSteps(_Composable):
-    """Save when the step is a multiple of *n*; step 0 never."""
-
-    n: int
-
-    def __post_init__(self) -> None:
-        check_count("EveryNSteps", self.n, hint="Leave the save policy out (or None) to turn the tier's saves off.")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Nothing but the step."""
-        return _STEP_ONLY
-
-    def should_save(self, context: SaveContext) -> bool:
-        """Whether the step is a multiple."""
-        return context.step > 0 and context.step % self.n == 0
+    def __invert__(self) -> SavePolicy:
+        return self.policy if isinstance(self, Not) else Not(cast("SavePolicy", self))
 
 
 @dataclass(frozen=True, slots=True)
-class EveryNEpochs(_Composable):
-    """Save where an epoch ends, if as many are over as a multiple of *n*."""
-
-    n: int
-
-    def __post_init__(self) -> None:
-        check_count("EveryNEpochs", self.n, hint="Leave the save policy out (or None) to turn the tier's saves off.")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Nothing to exchange: every rank's trainer says so itself."""
-        return _STEP_ONLY
-
-    def should_save(self, context: SaveContext) -> bool:
-        """Whether such an epoch ends with the step."""
-        return bool(context.epochs_ended) and context.epochs_ended % self.n == 0
-
-
-@dataclass(frozen=True, slots=True)
-class EverySecs(_Composable):
-    """Save when *secs* have passed since the last save to this tier, or since the start; step 0 never."""
-
-    secs: float
-
-    def __post_init__(self) -> None:
-        check_secs("EverySecs", self.secs)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """The clock."""
-        return frozenset({Need.CLOCK})
-
-    def should_save(self, context: SaveContext) -> bool:
-        """Whether the time has come; a clock that went back counts as no time."""
-        since = context.started_at if context.last_saved_at is None else context.last_saved_at
-        return context.step > 0 and max(0.0, context.now - since) >= self.secs
-
-
-@dataclass(frozen=True, slots=True)
-class AtSteps(_Composable):
-    """Save at exactly these steps; 0 may be one."""
-
-    steps: tuple[int, ...]
-
-    def __init__(self, steps: Iterable[int]) -> None:
-        object.__setattr__(self, "steps", _checked_steps(steps))
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Nothing but the step."""
-        return _STEP_ONLY
-
-    def should_save(self, context: SaveContext) -> bool:
-        """Whether the step is one of them."""
-        return context.step in self.steps
-
-
-@dataclass(frozen=True, slots=True)
-class OnEnd(_Composable):
-    """Save when training is over."""
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Nothing to exchange: every rank's trainer says so itself."""
-        return _STEP_ONLY
-
-    def should_save(self, context: SaveContext) -> bool:
-        """Whether training is over."""
-        return context.ending
-
-
-@dataclass(frozen=True, slots=True)
-class OnPreemption(_Composable):
-    """Save once any rank was told to stop."""
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Signals: one rank may see one that the others do not."""
-        return frozenset({Need.SIGNAL})
-
-    def should_save(self, context: SaveContext) -> bool:
-        """Whether a rank was told to stop."""
-        return context.preempted
-
-
-@dataclass(frozen=True, slots=True)
-class AnyOf(_Composable):
+class AnyOf(Composable):
     """Save when at least one of *policies* says so. All are asked, so that a broken one can't hide behind another."""
 
     policies: tuple[SavePolicy, ...]
@@ -188,7 +71,7 @@ class AnyOf(_Composable):
 
 
 @dataclass(frozen=True, slots=True)
-class AllOf(_Composable):
+class AllOf(Composable):
     """Save when every one of *policies* says so. All are asked."""
 
     policies: tuple[SavePolicy, ...]
@@ -205,6 +88,26 @@ class AllOf(_Composable):
         """Whether all say so."""
         answers = [ask(policy, context) for policy in self.policies]
         return all(answers)
+
+
+@dataclass(frozen=True, slots=True)
+class Not(Composable):
+    """Save when *policy* does not say so; step 0 never, for nobody names it by naming something else."""
+
+    policy: SavePolicy
+
+    def __post_init__(self) -> None:
+        _checked_policies("Not", (self.policy,))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it needs."""
+        return needs_of(self.policy)
+
+    def should_save(self, context: SaveContext) -> bool:
+        """Whether it does not say so."""
+        answer = ask(self.policy, context)
+        return context.step > 0 and not answer
 
 
 _Joint = TypeVar("_Joint", AnyOf, AllOf)
@@ -247,6 +150,17 @@ def needs_of(policy: SavePolicy) -> frozenset[Need]:
     return cast("frozenset[Need]", found)
 
 
+def members_of(policy: SavePolicy) -> Iterator[SavePolicy]:
+    """Return *policy* or, where it is a combination, the single policies in it."""
+    if isinstance(policy, (AnyOf, AllOf)):
+        for member in policy.policies:
+            yield from members_of(member)
+    elif isinstance(policy, Not):
+        yield from members_of(policy.policy)
+    else:
+        yield policy
+
+
 def _joined(kind: type[_Joint], left: object, right: object) -> _Joint:
     if not (isinstance(left, SavePolicy) and isinstance(right, SavePolicy)):
         return NotImplemented
@@ -265,18 +179,6 @@ def _checked_policies(owner: str, policies: Iterable[object]) -> tuple[SavePolic
             hint = "A save policy has should_save(context) and needs."
             raise PolicyError(f"{owner}: {describe(policy)} is no save policy", hint=hint)
     return cast("tuple[SavePolicy, ...]", found)
-
-
-def _checked_steps(steps: Iterable[object]) -> tuple[int, ...]:
-    try:
-        found = {check_step(step) for step in steps}
-    except (ConfigError, TypeError) as error:
-        wrong = f"steps must be a list of ints, got {describe(steps)}"
-        text = error.message if isinstance(error, ConfigError) else wrong
-        raise PolicyError(f"AtSteps: {text}", hint="Each must be an int, 0 <= step < 10**10.") from error
-    if not found:
-        raise PolicyError("AtSteps of no steps never saves", hint="Name at least one step, or leave the policy out.")
-    return tuple(sorted(found))
 
 
 def _union(policies: Iterable[SavePolicy]) -> frozenset[Need]:
