@@ -14,11 +14,15 @@ __all__ = ["ls", "show", "verify"]
 
 @app.command(epilog=EXITS, short_help="List what each tier holds.")
 @reported
-def ls(recipe: RecipePath, as_json: JsonFlag = False) -> int:
+def ls(
+    recipe: RecipePath,
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint, not the newest 50 of a tier.")] = False,
+    as_json: JsonFlag = False,
+) -> int:
     """List what each tier holds: step, age, size, complete or why not, and what a restore would take now."""
     from sm_tiered.cli import ls as command
 
-    return command.run(recipe, as_json=as_json)
+    return command.run(recipe, every=every, as_json=as_json)
 
 
 @app.command(epilog=EXITS, short_help="Show one checkpoint: parts, tensors, values.")

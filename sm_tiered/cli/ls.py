@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from sm_tiered.cli.common import EXIT_FAILED, EXIT_OK, kind_of, location_of, open_recipe
 from sm_tiered.cli.output import age, marker, metrics_text, print_json, render, size, table, text
 from sm_tiered.cli.survey import Survey, TierView, View, survey
-from sm_tiered.records import Attempt
+from sm_tiered.records import Attempt, CheckpointId
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["attempt_names", "error_json", "run", "tier_title"]
 
 
-def run(recipe: str, *, as_json: bool) -> int:
-    """List *recipe*'s tiers; return the exit status."""
-    seen = survey(open_recipe(recipe))
+_SHOWN = 50
+
+
+def run(recipe: str, *, every: bool = False, as_json: bool) -> int:
+    """List *recipe*'s tiers, the newest 50 checkpoints of each or *every* one; return the exit status."""
+    seen = survey(open_recipe(recipe), newest=None if every else _SHOWN)
     try:
         now = time.time()
         if as_json:
@@ -65,18 +68,20 @@ def error_json(tier: TierView) -> dict[str, object] | None:
 
 def _blocks(seen: Survey, now: float) -> list[RenderableType]:
     names = attempt_names(view.checkpoint.attempt for tier in seen.tiers for view in tier.views)
+    left_behind = seen.left_behind
     blocks: list[RenderableType] = []
     for tier in seen.tiers:
-        blocks += [tier_title(tier), *_tier(seen, tier, names, now), text("")]
+        blocks += [tier_title(tier), *_tier(seen, tier, names, left_behind, now), text("")]
     blocks.append(_verdict(seen))
     return blocks
 
 
-def _tier(seen: Survey, tier: TierView, names: dict[Attempt, str], now: float) -> list[RenderableType]:
+def _tier(
+    seen: Survey, tier: TierView, names: dict[Attempt, str], left_behind: Collection[CheckpointId], now: float
+) -> list[RenderableType]:
     from rich.padding import Padding
 
     lines: list[RenderableType] = []
-    left_behind = seen.left_behind
     if tier.views:
         rows = table("", "step", "attempt", "age", "size", "ranks", "state", right=("step", "age", "size", "ranks"))
         for view in tier.views:
@@ -90,12 +95,26 @@ def _tier(seen: Survey, tier: TierView, names: dict[Attempt, str], now: float) -
                 text(_ranks(view)),
                 _state(view, left_behind=view.checkpoint in left_behind),
             )
-        lines.append(rows)
+        lines += [rows, *(Padding(text(note, "dim"), (0, 0, 0, 2)) for note in _notes(seen, tier))]
     elif tier.error is None:
         lines.append(Padding(text("nothing", "dim"), (0, 0, 0, 2)))
     if tier.error is not None:
         lines.append(Padding(text(f"did not answer: {tier.error}", "red"), (0, 0, 0, 2)))
     return lines
+
+
+def _notes(seen: Survey, tier: TierView) -> list[str]:
+    notes = [f"… and {more:,} more: --all lists them"] if (more := _more(seen, tier)) else []
+    if any(view.by_manifest for view in tier.views):
+        notes.append("committed: told by the manifest alone; --all looks at the files too, `verify` at the bytes")
+    return notes
+
+
+def _more(seen: Survey, tier: TierView) -> int:
+    """How many checkpoints there may be without a row; of some only a tombstone is left."""
+    if seen.newest is None or len(tier.views) < seen.newest:
+        return 0
+    return len(set(tier.found) - {view.checkpoint for view in tier.views})
 
 
 def _ranks(view: View) -> str:
@@ -107,7 +126,8 @@ def _ranks(view: View) -> str:
 def _state(view: View, *, left_behind: bool) -> RenderableType:
     from rich.text import Text
 
-    line = text("complete", "green") if view.problem is None else text(view.problem, "yellow")
+    right = "committed" if view.by_manifest else "complete"
+    line = text(right, "green") if view.problem is None else text(view.problem, "yellow")
     facts = {"left behind": left_behind, "pinned": view.pinned, metrics_text(view.metrics): bool(view.metrics)}
     return Text.assemble(line, *(text(f" · {fact}", "dim") for fact, known in facts.items() if known))
 
@@ -133,6 +153,7 @@ def _complete(tier: TierView, seen: Survey) -> bool:
 
 
 def _document(seen: Survey, now: float) -> dict[str, object]:
+    left_behind = seen.left_behind
     return {
         "version": 1,
         "namespace": seen.settings.namespace,
@@ -143,14 +164,15 @@ def _document(seen: Survey, now: float) -> dict[str, object]:
                 "kind": kind_of(tier.settings),
                 "location": location_of(tier.settings),
                 "error": error_json(tier),
-                "checkpoints": [_entry(view, seen, now) for view in tier.views],
+                "more": _more(seen, tier),
+                "checkpoints": [_entry(view, seen, left_behind, now) for view in tier.views],
             }
             for tier in seen.tiers
         ],
     }
 
 
-def _entry(view: View, seen: Survey, now: float) -> dict[str, object]:
+def _entry(view: View, seen: Survey, left_behind: Collection[CheckpointId], now: float) -> dict[str, object]:
     return {
         "step": view.checkpoint.step,
         "attempt": str(view.checkpoint.attempt),
@@ -164,5 +186,6 @@ def _entry(view: View, seen: Survey, now: float) -> dict[str, object]:
         "records": view.ranks,
         "metrics": dict(view.metrics),
         "pinned": view.pinned,
-        "left_behind": view.checkpoint in seen.left_behind,
+        "left_behind": view.checkpoint in left_behind,
+        "looked_at": "manifest" if view.by_manifest else "files",
     }

@@ -13,18 +13,28 @@ from sm_tiered.cli.ls import error_json
 from sm_tiered.cli.output import note_error, print_json, render
 from sm_tiered.cli.show_tables import blocks
 from sm_tiered.cli.survey import Survey, TierView, newest_first, read_holding, survey
+from sm_tiered.cli.views import checked_view
 from sm_tiered.errors import CheckpointNotFoundError, TierError
 from sm_tiered.records import Attempt, AttemptRecord
 
 __all__ = ["run"]
 
+_LOOKED_AT = 20
+"""How many checkpoints a tier are looked at first for the newest complete one."""
+
 
 def run(recipe: str, *, step: int | None, every: bool, as_json: bool) -> int:
     """Show the newest complete checkpoint, or that of *step*, on every tier; return the exit status."""
     check_step(step)
-    seen = survey(open_recipe(recipe))
+    settings = open_recipe(recipe)
+    seen = survey(settings, newest=_LOOKED_AT if step is None else None, step=step)
     try:
         seen, copies = _find(seen, step)
+        if step is None and any(len(tier.views) < len(tier.found) for tier in _open_question(seen, copies)):
+            seen.close()
+            seen = survey(settings)
+            seen, copies = _find(seen, step)
+        _check_found(seen, copies, step)
         shown = grouped(copies, seen.attempts)
         now = time.time()
         if as_json:
@@ -43,11 +53,7 @@ def run(recipe: str, *, step: int | None, every: bool, as_json: bool) -> int:
 
 
 def _find(seen: Survey, step: int | None) -> tuple[Survey, list[Copy]]:
-    """Return, for each tier, the copy to show.
-
-    Raises:
-        CheckpointNotFoundError: every tier answered, and none has any.
-    """
+    """Return, for each tier that has one, the copy to show."""
     copies: list[Copy] = []
     tiers: list[TierView] = []
     for tier in seen.tiers:
@@ -59,12 +65,23 @@ def _find(seen: Survey, step: int | None) -> tuple[Survey, list[Copy]]:
         tiers.append(tier)
         if copy is not None:
             copies.append(copy)
-    if not copies and all(tier.error is None for tier in tiers):
-        steps = sorted({view.checkpoint.step for tier in tiers for view in tier.views}, reverse=True)
-        have = f"There is something of steps {', '.join(map(str, steps[:10]))}." if steps else "There is nothing yet."
-        what = "no tier holds a complete checkpoint" if step is None else f"step {step} is on no tier"
-        raise CheckpointNotFoundError(what, hint=f"{have} `sm-tiered ls` lists what each tier has.")
     return replace(seen, tiers=tuple(tiers)), copies
+
+
+def _open_question(seen: Survey, copies: Sequence[Copy]) -> list[TierView]:
+    """The tiers that answered and of which there is nothing to show, or only what was left behind."""
+    names = {copy.tier.settings.name for copy in copies if copy.view.checkpoint not in seen.left_behind}
+    return [tier for tier in seen.tiers if tier.error is None and tier.settings.name not in names]
+
+
+def _check_found(seen: Survey, copies: Sequence[Copy], step: int | None) -> None:
+    """Raise CheckpointNotFoundError when every tier answered, and there is nothing to show."""
+    if copies or any(tier.error is not None for tier in seen.tiers):
+        return
+    steps = sorted({checkpoint.step for tier in seen.tiers for checkpoint in tier.found}, reverse=True)
+    have = f"There is something of steps {', '.join(map(str, steps[:10]))}." if steps else "There is nothing yet."
+    what = "no tier holds a complete checkpoint" if step is None else f"step {step} is on no tier"
+    raise CheckpointNotFoundError(what, hint=f"{have} `sm-tiered ls` lists what each tier has.")
 
 
 def _copy(tier: TierView, step: int | None, attempts: Mapping[Attempt, AttemptRecord]) -> Copy | None:
@@ -74,8 +91,9 @@ def _copy(tier: TierView, step: int | None, attempts: Mapping[Attempt, AttemptRe
     # A step that was asked for is shown however broken it is.
     for view in [view for view in matching if view.problem is None] + (matching[:1] if step is not None else []):
         holding = read_holding(tier.tier, tier.settings, view.checkpoint)
-        if holding.problem is None or step is not None:
-            return Copy(tier=tier, view=view, holding=holding)
+        shown = checked_view(tier.tier, tier.settings, view) if view.by_manifest else view
+        if (holding.problem or shown.problem) is None or step is not None:
+            return Copy(tier=tier, view=shown, holding=holding)
     return None
 
 

@@ -7,31 +7,16 @@ from dataclasses import dataclass, field, replace
 
 from sm_tiered import inventory, layout, lineage
 from sm_tiered.cli.common import is_durable, open_for_looking, parallel, threads_for
-from sm_tiered.errors import FormatError, KeyNotFoundError, TieredError, TierError
-from sm_tiered.manifest import MAX_BYTES, attempt_record_from_json, record_from_json
-from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Manifest
-from sm_tiered.settings import Settings, TierSettings
+from sm_tiered.cli.views import View, checked_view, make_view, make_views, read_holding
+from sm_tiered.errors import CorruptPartError, FormatError, KeyNotFoundError, TieredError, TierError
+from sm_tiered.manifest import MAX_BYTES, attempt_record_from_json
+from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
+from sm_tiered.settings import S3Settings, Settings, TierSettings
 from sm_tiered.tiers.base import Tier
 
-__all__ = ["Survey", "TierView", "View", "newest_first", "read_holding", "survey"]
+__all__ = ["Survey", "TierView", "View", "newest_first", "read_holding", "survey", "untold", "with_view"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """One checkpoint on one tier."""
-
-    checkpoint: CheckpointId
-    bytes: int
-    """Of all its files there."""
-    files: int
-    problem: str | None
-    """Why it is not complete, in a few words; None when it is."""
-    saved_at: float | None = None
-    world: int | None = None
-    ranks: int = 0
-    """How many records are there."""
-    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    pinned: bool = False
+_PINS = "pins"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,15 +27,21 @@ class TierView:
     tier: Tier | None
     """Open; None when it could not even be opened."""
     views: tuple[View, ...] = ()
-    """Newest first."""
+    """Newest first: all, or those that were asked for."""
+    found: tuple[CheckpointId, ...] = ()
+    """Every checkpoint that has a directory there, newest first; of some nothing but a tombstone may be left."""
     attempts: Mapping[Attempt, AttemptRecord] = field(default_factory=dict[Attempt, AttemptRecord])
+    damaged: frozenset[Attempt] = frozenset()
+    """Attempts whose record there can't be read."""
     seen: frozenset[Attempt] = frozenset()
     """Every attempt that has a record or a checkpoint there."""
+    pins: frozenset[str] = frozenset()
+    """Directories of checkpoints that are pinned."""
     error: TieredError | None = None
     """Why it did not answer."""
 
     def view(self, checkpoint: CheckpointId) -> View | None:
-        """Return what it holds of *checkpoint*."""
+        """Return what it holds of *checkpoint*, if that was looked at."""
         return next((view for view in self.views if view.checkpoint == checkpoint), None)
 
 
@@ -63,6 +54,8 @@ class Survey:
     """In recipe order."""
     next: CheckpointId | None
     """What a restore would take now; None: nothing, or it can't be told because a tier did not answer."""
+    newest: int | None = None
+    """How many checkpoints a tier were looked at; None: all."""
 
     @property
     def attempts(self) -> dict[Attempt, AttemptRecord]:
@@ -70,8 +63,24 @@ class Survey:
         return {attempt: record for view in self.tiers for attempt, record in view.attempts.items()}
 
     @property
+    def damaged(self) -> frozenset[Attempt]:
+        """Attempts of whose record there are only damaged copies."""
+        return frozenset(attempt for view in self.tiers for attempt in view.damaged) - self.attempts.keys()
+
+    @property
+    def newest_attempt(self) -> Attempt | None:
+        """The newest attempt that any tier tells of."""
+        return max((attempt for view in self.tiers for attempt in view.seen), default=None)
+
+    @property
+    def candidates(self) -> list[CheckpointId]:
+        """What restore would try, in its order: every checkpoint that has a directory on any tier."""
+        found = {checkpoint for tier in self.tiers for checkpoint in tier.found}
+        return lineage.candidates(found, self.attempts, self.damaged)
+
+    @property
     def left_behind(self) -> frozenset[CheckpointId]:
-        """Checkpoints that are no candidates for latest: the user went back to a step below them."""
+        """Of what was looked at, what is no candidate for latest: the user went back to a step below."""
         found = {view.checkpoint for tier in self.tiers for view in tier.views}
         return frozenset(found.difference(lineage.candidates(found, self.attempts)))
 
@@ -82,152 +91,143 @@ class Survey:
                 view.tier.close()
 
 
-def survey(settings: Settings) -> Survey:
-    """Look at every tier of *settings*, all at once."""
-    views = parallel(lambda tier: _look(tier, settings.namespace), settings.tiers, threads=len(settings.tiers))
-    return _with_next(Survey(settings=settings, tiers=tuple(views), next=None))
+def survey(settings: Settings, *, newest: int | None = None, step: int | None = None) -> Survey:
+    """Look at every tier of *settings*.
+
+    *newest*: look at so many checkpoints a tier, the newest, and at those that decide what is next; then names are
+    listed by directory, on S3 in one delimited listing, and of a checkpoint there only the manifest is read. *step*:
+    look at the checkpoints of that step alone.
+    """
+
+    def look(tiers: Sequence[TierSettings]) -> list[TierView]:
+        return [_look(tier, settings.namespace, newest=newest, step=step) for tier in tiers]
+
+    # Directories one after the other: thousands of short system calls in two threads are slower than in one.
+    remote = [[tier] for tier in settings.tiers if isinstance(tier, S3Settings)]
+    here = [tier for tier in settings.tiers if not isinstance(tier, S3Settings)]
+    groups = parallel(look, [*remote, here], threads=len(remote) + 1)
+    views = {view.settings.name: view for group in groups for view in group}
+    ordered = tuple(views[tier.name] for tier in settings.tiers)
+    return _with_next(Survey(settings=settings, tiers=ordered, next=None, newest=newest))
 
 
-def _look(settings: TierSettings, namespace: str) -> TierView:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Names:
+    """What the names on a tier tell."""
+
+    checkpoints: tuple[CheckpointId, ...]
+    """Newest first."""
+    attempts: tuple[Attempt, ...]
+    pins: frozenset[str]
+    files: Mapping[CheckpointId, Mapping[str, int]] | None = None
+    """Their sizes; None: not listed."""
+
+
+def _look(settings: TierSettings, namespace: str, *, newest: int | None, step: int | None) -> TierView:
     tier: Tier | None = None
     try:
         tier = open_for_looking(settings, namespace)
-        files: dict[CheckpointId, dict[str, int]] = {}
-        attempts: list[Attempt] = []
-        pins: set[str] = set()
-        for entry in tier.list(""):
-            head, _, name = entry.key.partition("/")
-            checkpoint = layout.parse_checkpoint_dir(head)
-            if checkpoint is not None and name:
-                files.setdefault(checkpoint, {})[name] = entry.size
-            elif head == layout.ATTEMPTS and (attempt := layout.parse_attempt_key(entry.key)) is not None:
-                attempts.append(attempt)
-            elif head == "pins":
-                pins.add(name.removesuffix(".json"))
-        threads = threads_for(settings)
-        order = sorted(files, reverse=True)
-        views = parallel(lambda each: _view(tier, settings, each, files[each]), order, threads=threads)
-        records = parallel(lambda attempt: _attempt_record(tier, attempt), attempts, threads=threads)
+        names = _every_name(tier) if newest is None and step is None else _directories(tier)
+        views = _views(tier, settings, names, newest=newest, step=step)
+        records, damaged = _attempt_records(tier, names.attempts, threads=threads_for(settings))
     except TieredError as error:
         return TierView(settings=settings, tier=tier, error=error)
-    found = [view for view in views if view is not None]
     return TierView(
         settings=settings,
         tier=tier,
-        views=tuple(replace(view, pinned=layout.checkpoint_dir(view.checkpoint) in pins) for view in found),
-        attempts={record.attempt: record for record in records if record is not None},
-        seen=frozenset(attempts) | {view.checkpoint.attempt for view in found},
+        views=tuple(_with_pin(view, names.pins) for view in views),
+        found=names.checkpoints,
+        attempts=records,
+        damaged=damaged,
+        seen=frozenset(names.attempts) | {checkpoint.attempt for checkpoint in names.checkpoints},
+        pins=names.pins,
     )
 
 
-def _attempt_record(tier: Tier, attempt: Attempt) -> AttemptRecord | None:
-    try:
-        record = attempt_record_from_json(tier.get(layout.attempt_key(attempt), max_bytes=MAX_BYTES).data)
-    except (FormatError, KeyNotFoundError):
-        return None
-    return record if record.attempt == attempt else None
+def _every_name(tier: Tier) -> _Names:
+    files: dict[CheckpointId, dict[str, int]] = {}
+    attempts: list[Attempt] = []
+    pins: set[str] = set()
+    known: dict[str, CheckpointId | None] = {}
+    for entry in tier.list(""):
+        head, _, name = entry.key.partition("/")
+        if head not in known:
+            known[head] = layout.parse_checkpoint_dir(head)
+        checkpoint = known[head]
+        if checkpoint is not None and name:
+            files.setdefault(checkpoint, {})[name] = entry.size
+        elif head == layout.ATTEMPTS and (attempt := layout.parse_attempt_key(entry.key)) is not None:
+            attempts.append(attempt)
+        elif head == _PINS:
+            pins.add(name.removesuffix(".json"))
+    order = tuple(sorted(files, reverse=True))
+    return _Names(checkpoints=order, attempts=tuple(attempts), pins=frozenset(pins), files=files)
 
 
-def _view(tier: Tier, settings: TierSettings, checkpoint: CheckpointId, files: Mapping[str, int]) -> View | None:
-    """Return the view of *checkpoint*, or None when nothing but its tombstone is left."""
-    if not is_durable(settings):
-        return _in_memory(tier, checkpoint, files)
-    view = _committed(tier, checkpoint, files)
-    if view is not None and view.problem is not None:
-        # A listing is no snapshot: ask once more before something is said to be missing.
-        prefix = f"{layout.checkpoint_dir(checkpoint)}/"
-        view = _committed(tier, checkpoint, {e.key.removeprefix(prefix): e.size for e in tier.list(prefix)})
-    return view
-
-
-def _in_memory(tier: Tier, checkpoint: CheckpointId, files: Mapping[str, int]) -> View:
-    holding = inventory.read_holding(tier, checkpoint, durable=False)
-    view = View(
-        checkpoint=checkpoint,
-        bytes=sum(files.values()),
-        files=len(files),
-        problem=holding.problem,
-        ranks=len(holding.records),
+def _directories(tier: Tier) -> _Names:
+    names = tier.list_dirs("")
+    checkpoints = sorted((c for c in map(layout.parse_checkpoint_dir, names) if c is not None), reverse=True)
+    attempts = inventory.list_attempts(tier) if layout.ATTEMPTS in names else []
+    pins = [entry.key for entry in tier.list(f"{_PINS}/")] if _PINS in names else []
+    return _Names(
+        checkpoints=tuple(checkpoints),
+        attempts=tuple(attempts),
+        pins=frozenset(key.removeprefix(f"{_PINS}/").removesuffix(".json") for key in pins),
     )
-    for _, data in sorted(holding.records.items()):
+
+
+def _views(tier: Tier, settings: TierSettings, names: _Names, *, newest: int | None, step: int | None) -> list[View]:
+    files = names.files
+    if files is None:
+        wanted = [c for c in names.checkpoints if step is None or c.step == step]
+        return make_views(tier, settings, wanted, newest=newest)
+
+    def made(checkpoint: CheckpointId) -> View | None:
+        return make_view(tier, settings, checkpoint, files[checkpoint])
+
+    views = parallel(made, names.checkpoints, threads=threads_for(settings))
+    return [view for view in views if view is not None]
+
+
+def _attempt_records(
+    tier: Tier, attempts: Sequence[Attempt], *, threads: int
+) -> tuple[dict[Attempt, AttemptRecord], frozenset[Attempt]]:
+    """The records of *attempts*, and the attempts whose record is damaged; one that is gone by now is neither."""
+
+    def read(attempt: Attempt) -> AttemptRecord | None:
         try:
-            record = record_from_json(data)
-        except FormatError:
-            continue
-        return replace(view, saved_at=record.saved_at, world=record.world, metrics=record.metrics)
-    return view
-
-
-def _committed(tier: Tier, checkpoint: CheckpointId, files: Mapping[str, int]) -> View | None:
-    ranks = sum(layout.parse_record_name(name) is not None for name in files)
-    view = View(checkpoint=checkpoint, bytes=sum(files.values()), files=len(files), problem=None, ranks=ranks)
-    if not files:
+            return attempt_record_from_json(tier.get(layout.attempt_key(attempt), max_bytes=MAX_BYTES).data)
+        except (FormatError, CorruptPartError):
+            damaged.add(attempt)
+        except KeyNotFoundError:
+            pass
         return None
-    if layout.MANIFEST not in files:
-        return replace(view, problem="not committed")
-    try:
-        manifest = inventory.read_manifest(tier, checkpoint)
-    except FormatError as error:
-        return replace(view, problem=f"the manifest is damaged: {error.message}")
-    if manifest is None:
-        return None
-    if manifest.tombstone:
-        return replace(view, problem="being deleted") if len(files) > 1 else None
-    return replace(
-        view,
-        problem=_missing(manifest, files),
-        saved_at=manifest.saved_at,
-        world=manifest.world,
-        metrics=manifest.metrics,
-    )
+
+    damaged: set[Attempt] = set()
+    records: dict[Attempt, AttemptRecord] = {}
+    for attempt, record in zip(attempts, parallel(read, attempts, threads=threads), strict=True):
+        if record is not None and record.attempt == attempt:
+            records[attempt] = record
+        elif record is not None:
+            damaged.add(attempt)
+    return records, frozenset(damaged)
 
 
-def _missing(manifest: Manifest, files: Mapping[str, int]) -> str | None:
-    """Return which of the files that the manifest names is missing or cut."""
-    for name, size in manifest.parts.items():
-        if files.get(name) != size:
-            return f"{name} is missing" if name not in files else f"{name} has {files[name]} bytes, recorded {size}"
-    for rank in manifest.records:
-        if layout.record_name(rank) not in files:
-            return f"the record of rank {rank} is missing"
-    return None
+def _with_pin(view: View, pins: frozenset[str]) -> View:
+    return replace(view, pinned=True) if layout.checkpoint_dir(view.checkpoint) in pins else view
 
 
-def read_holding(tier: Tier, settings: TierSettings, checkpoint: CheckpointId) -> inventory.Holding:
-    """Return *checkpoint* with its records, asking for several at once where that is faster."""
-    if not is_durable(settings):
-        return inventory.read_holding(tier, checkpoint, durable=False)
-    try:
-        manifest = inventory.read_manifest(tier, checkpoint)
-    except FormatError as error:
-        return inventory.Holding(checkpoint=checkpoint, records={}, manifest=None, problem=error.message)
-    if manifest is None or manifest.tombstone:
-        problem = "not committed" if manifest is None else "being deleted"
-        records = inventory.read_records(tier, checkpoint) if manifest is None else {}
-        return inventory.Holding(checkpoint=checkpoint, records=records, manifest=manifest, problem=problem)
-    found: dict[int, bytes] = {}
-    for each in parallel(
-        lambda rank: inventory.read_records(tier, checkpoint, range(rank, rank + 1)),
-        range(manifest.world),
-        threads=threads_for(settings),
-    ):
-        found.update(each)
-    try:
-        problem = inventory.records_problem(checkpoint, found, manifest)
-    except FormatError as error:
-        problem = error.message
-    return inventory.Holding(checkpoint=checkpoint, records=found, manifest=manifest, problem=problem)
+# ---- what is next
 
 
 def _with_next(seen: Survey) -> Survey:
     """Walk the candidates as restore does, short of reading parts."""
-    newest = max((attempt for view in seen.tiers for attempt in view.seen), default=None)
-    found = {view.checkpoint for tier in seen.tiers for view in tier.views}
-    for checkpoint in lineage.candidates(found, seen.attempts):
-        if _untold(seen, checkpoint.attempt == newest):
+    newest = seen.newest_attempt
+    for checkpoint in seen.candidates:
+        if untold(seen, checkpoint.attempt == newest):
             return seen
-        seen = replace(seen, tiers=tuple(_confirmed(tier, checkpoint) for tier in seen.tiers))
-        if _untold(seen, checkpoint.attempt == newest):
+        seen = with_view(seen, checkpoint)
+        if untold(seen, checkpoint.attempt == newest):
             return seen
         held = [tier.view(checkpoint) for tier in seen.tiers if tier.error is None]
         if any(view is not None and view.problem is None for view in held):
@@ -235,24 +235,35 @@ def _with_next(seen: Survey) -> Survey:
     return seen
 
 
-def _untold(seen: Survey, of_newest_attempt: bool) -> bool:
+def untold(seen: Survey, of_newest_attempt: bool) -> bool:
     """Whether restore would refuse to choose, because a tier did not answer."""
     if all(tier.error is None for tier in seen.tiers):
         return False
     return seen.settings.unreachable != "use_memory" or not of_newest_attempt
 
 
-def _confirmed(tier: TierView, checkpoint: CheckpointId) -> TierView:
-    """Return *tier* with its view of *checkpoint* checked against the records, which the first look did without."""
-    view = tier.view(checkpoint)
-    if view is None or view.problem is not None or tier.tier is None or not is_durable(tier.settings):
-        return tier
+def with_view(seen: Survey, checkpoint: CheckpointId) -> Survey:
+    """Return *seen* with *checkpoint* looked at on every tier that has it, and checked against its records."""
+    return replace(seen, tiers=tuple(_with_view(tier, checkpoint) for tier in seen.tiers))
+
+
+def _with_view(shown: TierView, checkpoint: CheckpointId) -> TierView:
+    tier, settings = shown.tier, shown.settings
+    if tier is None or shown.error is not None or checkpoint not in shown.found:
+        return shown
+    view = shown.view(checkpoint)
     try:
-        problem = read_holding(tier.tier, tier.settings, checkpoint).problem
+        if view is None:
+            made = make_view(tier, settings, checkpoint)
+            if made is None:
+                return shown
+            view = _with_pin(made, shown.pins)
+        if view.problem is None and is_durable(settings):
+            view = checked_view(tier, settings, view)
     except TierError as error:
-        return replace(tier, error=error)
-    checked = replace(view, problem=problem)
-    return replace(tier, views=tuple(checked if each is view else each for each in tier.views))
+        return replace(shown, error=error)
+    others = [other for other in shown.views if other.checkpoint != checkpoint]
+    return replace(shown, views=tuple(sorted([*others, view], key=lambda each: each.checkpoint, reverse=True)))
 
 
 def newest_first(views: Sequence[View], attempts: Mapping[Attempt, AttemptRecord]) -> list[View]:
