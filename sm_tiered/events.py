@@ -27,6 +27,7 @@ __all__ = [
     "RestoreStarted",
     "Restored",
     "SaveAcknowledged",
+    "SaveDurable",
     "SaveFailed",
     "SaveRequested",
     "SaveSkipped",
@@ -95,6 +96,8 @@ class SaveSkipped(Event):
     text: ClassVar[str] = "step {step}: save skipped: {reason}"
     step: int
     reason: str
+    tier: str | None = None
+    """The tier that does without; None: it is not known which."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,20 @@ class SaveStreamed(Event):
     tier: str
     reason: str
     secs: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveDurable(Event):
+    """A durable tier has the save, as the trainer learns it: at its next save, or where it waits."""
+
+    alike: ClassVar[bool] = True
+    text: ClassVar[str] = "step {step}: durable on {tier} after {secs:.3f} s, {lag_steps} steps behind the newest save"
+    step: int
+    tier: str
+    secs: float
+    """Since the save began, until it was seen."""
+    lag_steps: int
+    """How far the newest save is beyond it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

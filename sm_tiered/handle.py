@@ -51,6 +51,7 @@ class SaveHandle:
 
     def __init__(self, *, step: int, nudge: Callable[[], None]) -> None:
         self.step = step
+        self.begun_at = time.monotonic()
         self.blocked_secs = 0.0
         """How long the call that made this held up the training."""
         self.saved_bytes = 0
