@@ -43,6 +43,10 @@ class Offer:
     drain_failed: int = 0
     """Which promotion failed here (see `Promotions.look`); 0: none."""
     preempted: bool = False
+    requested: bool = False
+    """This rank sees a request for a save."""
+    cost_micros: int = 0
+    """How long a save blocks this rank, in microseconds; 0: not measured yet."""
     gave_up: bool = False
     """This rank never came to save what was agreed on last."""
     went_on: bool = False
@@ -68,6 +72,9 @@ class Agreed:
     draining_more: bool
     drain_failed: int
     preempted: bool
+    requested: bool
+    cost_micros: int
+    """The slowest rank's."""
     gave_up: bool
     went_on: bool
     written: tuple[bool, ...]
@@ -92,6 +99,8 @@ def _encode(offer: Offer, rank: int) -> list[int]:
         offer.preempted,
         offer.gave_up,
         offer.went_on,
+        offer.requested,
+        offer.cost_micros,
         *(not done for done in offer.written),
     ]
     bits = [offer.tiers >> bit & 1 for bit in range(16)] + [offer.decided >> bit & 1 for bit in range(16)]
@@ -100,9 +109,9 @@ def _encode(offer: Offer, rank: int) -> list[int]:
 
 def _decode(highest: Sequence[int]) -> Agreed:
     same = [highest[index] == -highest[index + 3] for index in range(3)]
-    changed, no_room, no_room_yet, draining, more, _, preempted, gave_up, went_on = map(bool, highest[7:16])
-    missing = highest[16 : 16 + HISTORY]
-    bits = highest[16 + HISTORY :]
+    changed, no_room, no_room_yet, draining, more, _, preempted, gave_up, went_on, requested = map(bool, highest[7:17])
+    missing = highest[18 : 18 + HISTORY]
+    bits = highest[18 + HISTORY :]
     return Agreed(
         same_step=same[0],
         same_value_names=same[1],
@@ -115,6 +124,8 @@ def _decode(highest: Sequence[int]) -> Agreed:
         draining_more=more,
         drain_failed=highest[12],
         preempted=preempted,
+        requested=requested,
+        cost_micros=highest[17],
         gave_up=gave_up,
         went_on=went_on,
         written=tuple(not value for value in missing),

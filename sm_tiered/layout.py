@@ -6,7 +6,8 @@ Every name that comes from outside (a listing, a record, a user) is parsed here 
         step_<10 digits>-a<6 digits>-<UTC seconds>-<8 hex>/
             __<rank>_<n>.distcp  __<rank>_<n>.ckpt  record-<5 digits>.json  .metadata  index.json  manifest.json
             model.safetensors  rank_00001/loader.bin …  files-<5 digits>.json    what another program named
-        attempts/<attempt>.json  pins/  events/
+        attempts/<attempt>.json  pins/  request.json
+        events/rank-<5 digits>-<UTC seconds>-<8 hex>.jsonl  drainer-<UTC seconds>-<8 hex>.jsonl  (.1, .2 …: older lines)
         .arena/  .queue/  .locks/  .restored/  .staging/       memory tier only
 """
 
@@ -29,9 +30,12 @@ __all__ = [
     "MAX_STEP",
     "MAX_WORLD",
     "METADATA",
+    "PINS",
     "QUEUE",
+    "REQUEST",
     "RESTORED",
     "STAGING",
+    "EventFile",
     "PartName",
     "ack_counter",
     "attempt_key",
@@ -39,6 +43,7 @@ __all__ = [
     "check_part_name",
     "check_step",
     "checkpoint_dir",
+    "event_file_name",
     "file_list_name",
     "in_dir",
     "is_named",
@@ -46,11 +51,14 @@ __all__ = [
     "parse_attempt",
     "parse_attempt_key",
     "parse_checkpoint_dir",
+    "parse_event_file_name",
     "parse_file_list_name",
     "parse_own_name",
     "parse_part_name",
+    "parse_pin_key",
     "parse_record_name",
     "part_name",
+    "pin_key",
     "rank_of_key",
     "record_name",
 ]
@@ -68,11 +76,14 @@ ATTEMPTS = "attempts"
 CONDITIONS = "conditions"
 """What a durable tier is tried with before an attempt's first commit; its content means nothing."""
 EVENTS = "events"
+PINS = "pins"
 RESTORED = ".restored"
 STAGING = ".staging"
 """These two: files of another program on their way out and in."""
 ARENA = ".arena"
 QUEUE = ".queue"
+REQUEST = "request.json"
+"""Asks a running job for a save."""
 LOCKS = ".locks"
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", re.ASCII)
@@ -83,6 +94,9 @@ _FILE_LIST = re.compile(r"files-(\d{5})\.json", re.ASCII)
 _STOCK_PART = re.compile(r"__(\d{1,6})_(\d{1,6})\.(distcp|ckpt)", re.ASCII)
 _ARENA_FILE = re.compile(r"(\d{1,6})-[0-9a-f]{8}", re.ASCII)
 _OWN = re.compile(r"rank_(\d{5})/(.+)", re.ASCII | re.DOTALL)
+_EVENT_FILE = re.compile(
+    r"(?:rank-(\d{5})|drainer)(?:-(\d{1,12})-([0-9a-f]{8}))?\.jsonl(?:\.([1-9]\d{0,5}))?", re.ASCII
+)
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}"
 _PART = re.compile(rf"(?:{_SEGMENT}/){{0,8}}(?:{_SEGMENT}|\.metadata)", re.ASCII)
 _RESERVED = (MANIFEST, INDEX, METADATA)
@@ -199,6 +213,40 @@ def parse_file_list_name(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+class EventFile(NamedTuple):
+    """What the name of a file of events says."""
+
+    rank: int | None
+    """None: the drainer's."""
+    utc_secs: int
+    """When it was begun, by its node's clock; 0 in names of releases that had one file for all launches."""
+    nonce: str
+    """8 hex digits: of the launch, or the drainer's own; empty in such names."""
+    piece: int = 0
+    """Above 0: full, and put aside; the lines of a higher one are newer, and those of 0 the newest."""
+
+    @property
+    def stem(self) -> str:
+        """What all pieces of one file share."""
+        return event_file_name(self._replace(piece=0)).removesuffix(".jsonl")
+
+
+def event_file_name(file: EventFile) -> str:
+    """Return the name of a file of events: those of a rank, or of drainers, in the order in which they were begun."""
+    whose = "drainer" if file.rank is None else f"rank-{file.rank:05d}"
+    begun = f"-{file.utc_secs:010d}-{file.nonce}" if file.nonce else ""
+    return f"{whose}{begun}.jsonl" + (f".{file.piece}" if file.piece else "")
+
+
+def parse_event_file_name(name: str) -> EventFile | None:
+    """Return what *name* says, or None when it is none of ours."""
+    found = _EVENT_FILE.fullmatch(name)
+    if found is None:
+        return None
+    rank = int(found[1]) if found[1] else None
+    return EventFile(rank, int(found[2] or 0), found[3] or "", int(found[4] or 0))
+
+
 def checkpoint_dir(checkpoint: CheckpointId) -> str:
     """Return the directory of *checkpoint*, relative to the namespace."""
     return f"step_{checkpoint.step:010d}-{checkpoint.attempt}"
@@ -258,3 +306,13 @@ def parse_attempt_key(key: str) -> Attempt | None:
     """Return the attempt whose record stands under *key*, or None when it is none of ours."""
     name = key.removeprefix(f"{ATTEMPTS}/").removesuffix(".json")
     return parse_attempt(name) if _ATTEMPT.fullmatch(name) else None
+
+
+def pin_key(checkpoint: CheckpointId) -> str:
+    """Return the key whose presence keeps *checkpoint* from being given up, relative to the namespace."""
+    return f"{PINS}/{checkpoint_dir(checkpoint)}.json"
+
+
+def parse_pin_key(key: str) -> CheckpointId | None:
+    """Return the checkpoint that *key* pins, or None when it is no pin of ours."""
+    return parse_checkpoint_dir(key.removeprefix(f"{PINS}/").removesuffix(".json"))

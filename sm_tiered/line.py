@@ -48,6 +48,11 @@ class Line:
         return self._record.attempt if self._record is not None else None
 
     @property
+    def record(self) -> AttemptRecord | None:
+        """What that attempt tells of itself."""
+        return self._record
+
+    @property
     def last_step(self) -> int | None:
         """The newest step saved in the present attempt."""
         return self._last_step
@@ -74,7 +79,7 @@ class Line:
             return
         goes_on = self.current == restored.checkpoint.attempt and self._last_step == restored.step
         if not goes_on:
-            self._open(seen, parent=restored.checkpoint, chosen=chosen)
+            self._open(seen, parent=restored.checkpoint, chosen=chosen, source=restored.tier)
             self._continue_from(seen, restored.checkpoint)
         self._events.emit(
             RestoredEvent(
@@ -91,11 +96,14 @@ class Line:
         if self.current is None:
             self._looked_at = (seen, restored, chosen)
 
-    def _open(self, seen: Survey, *, parent: CheckpointId | None, chosen: bool) -> None:
+    def _open(
+        self, seen: Survey, *, parent: CheckpointId | None, chosen: bool, source: str | None = None
+    ) -> None:
         known = [*seen.seen, *([self.current] if self.current else [])]
         proposal = lineage.next_attempt(known, utc_secs=int(time.time()), nonce=secrets.token_hex(4))
         attempt = layout.parse_attempt(self._group.gather(str(proposal))[0])
-        record = AttemptRecord(namespace=self._settings.namespace, attempt=attempt, parent=parent, chosen=chosen)
+        namespace = self._settings.namespace
+        record = AttemptRecord(namespace=namespace, attempt=attempt, parent=parent, chosen=chosen, source=source)
         crashpoint("attempt.before_record")
         self._write(record)
         crashpoint("attempt.after_record")

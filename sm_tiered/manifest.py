@@ -120,6 +120,7 @@ def attempt_record_to_json(record: AttemptRecord) -> bytes:
                 "attempt": str(record.attempt),
                 "parent": layout.checkpoint_dir(record.parent) if record.parent else None,
                 "chosen": record.chosen,
+                **({} if record.source is None else {"source": record.source}),
             }
         )
     )
@@ -271,7 +272,7 @@ def _manifest(fields: Json) -> Manifest:
 
 
 def _attempt_record(fields: Json) -> AttemptRecord:
-    parent, chosen = fields["parent"], fields["chosen"]
+    parent, chosen, source = fields["parent"], fields["chosen"], fields.get("source")
     if not isinstance(chosen, bool):
         raise FormatError(f"chosen must be true or false, got {chosen!r}")
     return AttemptRecord(
@@ -279,6 +280,7 @@ def _attempt_record(fields: Json) -> AttemptRecord:
         attempt=layout.parse_attempt(text(fields["attempt"])),
         parent=None if parent is None else _named_checkpoint(parent),
         chosen=chosen,
+        source=None if source is None else text(source),
     )
 
 

@@ -20,11 +20,12 @@ from pydantic_core import ErrorDetails
 
 from sm_tiered.errors import ConfigError, RecipeError, TieredError
 from sm_tiered.layout import check_namespace
-from sm_tiered.policies import AnyOf, EveryNSteps, SavePolicy
+from sm_tiered.policies import AnyOf, EveryNSteps, OnRequest, SavePolicy, members_of
 from sm_tiered.recipe_fields import closest, shown
-from sm_tiered.recipe_models import MemoryTier, Tier
+from sm_tiered.recipe_fill import fill
+from sm_tiered.recipe_models import LocalTier, MemoryTier, Tier
 from sm_tiered.recipe_policies import Flag, Secs, Section, located
-from sm_tiered.recipe_yaml import MAX_BYTES, Document, FromEnvironment, Path, Place, parse_yaml, prepare
+from sm_tiered.recipe_yaml import MAX_BYTES, Document, FromEnvironment, Path, Place, parse_yaml
 from sm_tiered.settings import Settings
 
 __all__ = ["Recipe", "load_recipe"]
@@ -95,6 +96,7 @@ class Recipe(Section):
             if other != name:
                 hint = "Each tier needs a place of its own."
                 raise located(ConfigError(f"is the same place as tier {other!r}", hint=hint), name)
+        _see_requests(tiers)
         return tiers
 
     @classmethod
@@ -114,7 +116,7 @@ class Recipe(Section):
             RecipeError: it can't be used.
         """
         document = parse_yaml(text, source) if isinstance(text, str) else Document(source=source, value=text)
-        return cls._validated(prepare(document, environment=os.environ))
+        return cls._validated(fill(document, environment=os.environ))
 
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str = "recipe") -> Recipe:
@@ -129,9 +131,7 @@ class Recipe(Section):
             raise RecipeError(f"{source}: not JSON: {type(error).__name__}") from error
         if not isinstance(value, dict):
             raise RecipeError(f"{source}: expected a mapping, got {shown(value)}")
-        return cls._validated(
-            prepare(Document(source=source, value=cast("dict[str, object]", value)), environment=None)
-        )
+        return cls._validated(fill(Document(source=source, value=cast("dict[str, object]", value)), environment=None))
 
     @classmethod
     def _validated(cls, document: Document) -> Recipe:
@@ -219,6 +219,18 @@ def _read(path: str | os.PathLike[str]) -> str:
         raise RecipeError(f"recipe {source!r} can't be read: {error}") from error
 
 
+def _see_requests(tiers: Mapping[str, Tier]) -> None:
+    """A request that names no file is looked for in a directory tier."""
+    if any(isinstance(tier, (MemoryTier, LocalTier)) for tier in tiers.values()):
+        return
+    for name, tier in tiers.items():
+        policy = tier.save_policy()
+        for member in members_of(policy) if policy is not None else ():
+            if isinstance(member, OnRequest) and member.file is None:
+                error = ConfigError("on_request has no directory to look in", hint="Write on_request: {file: /a/path}.")
+                raise located(error, name)
+
+
 def _periods(policy: SavePolicy | None) -> set[int]:
     if isinstance(policy, EveryNSteps):
         return {policy.n}
@@ -254,7 +266,7 @@ def _translated(errors: list[ErrorDetails], document: Document) -> RecipeError:
 
 
 def _order(place: Place | None) -> tuple[float, int]:
-    return (place.line, place.column) if place else (math.inf, 0)
+    return (place.line or 0, place.column) if place else (math.inf, 0)
 
 
 def _told(error: ErrorDetails, document: Document) -> tuple[Path, str, str | None]:

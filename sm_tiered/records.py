@@ -43,6 +43,8 @@ class AttemptRecord:
     """The checkpoint it was restored from."""
     chosen: bool
     """Whether the user named that step: then later steps of the parent are no candidates for latest."""
+    source: str | None = None
+    """The tiers that the parent was read from, joined with ``+``; None where nobody told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,10 +23,16 @@ RESCUE_SECS = 5.0
 """How long a training that has failed is held up to learn which step is whole."""
 
 
-def promote_newest(saves: dict[CheckpointId, SaveHandle], store: Store, promotions: Promotions) -> int | None:
+def promote_newest(
+    saves: dict[CheckpointId, SaveHandle],
+    store: Store,
+    promotions: Promotions,
+    tiers: frozenset[str] | None = None,
+) -> int | None:
     """Hand all that this node has of the newest whole step of *saves* to the drainer; return the step.
 
-    None where no step is whole, or where that step is on its way to every durable tier already, or there.
+    *tiers*: the durable tiers that want it; None: all. None is returned where no step is whole, or where that step is
+    on its way to every one of them already, or there.
     """
     memory = store.tiers.memory
     if memory is None:
@@ -36,7 +42,8 @@ def promote_newest(saves: dict[CheckpointId, SaveHandle], store: Store, promotio
     if newest is None:
         return None
     checkpoint, handle = newest
-    unsent = {tier for tier in store.tiers.durable if not _is_sent(handle, tier)}
+    wanted = store.tiers.durable.keys() if tiers is None else store.tiers.durable.keys() & tiers
+    unsent = {tier for tier in wanted if not _is_sent(handle, tier)}
     if not unsent:
         return None
     promotions.enqueue(checkpoint, unsent, ranks=read_records(memory, checkpoint))

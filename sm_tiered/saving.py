@@ -319,10 +319,10 @@ class Saver:
         if self._composer.needed:
             self._worker.poll(lambda: self._composer.compose(checkpoint, at_once=True, acknowledged=True))
 
-    def promote_newest(self) -> int | None:
+    def promote_newest(self, tiers: frozenset[str] | None = None) -> int | None:
         """After a failure: bring the newest step in memory to safety; see `rescue.promote_newest`. Not collective."""
         self._recorded.wait(RESCUE_SECS)
-        return promote_newest(self._negotiator.handles, self._store, self._promotions)
+        return promote_newest(self._negotiator.handles, self._store, self._promotions, tiers)
 
     def deliver(self) -> TieredError | None:
         """Tell of failed saves; see `Ledger.deliver`."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sm_tiered import layout, retention
+from sm_tiered import event_files, layout, retention
 from sm_tiered.drainer import ensure_drainer
 from sm_tiered.errors import (
     ConfigError,
@@ -22,11 +22,20 @@ from sm_tiered.errors import (
     typed,
 )
 from sm_tiered.event_log import Events
-from sm_tiered.events import DrainerStarted, MemoryTight, NewerAttemptSeen, NothingSaved, Pruned, RestoreStarted
+from sm_tiered.events import (
+    DrainerStarted,
+    MemoryTight,
+    NewerAttemptSeen,
+    NothingSaved,
+    Pruned,
+    RestoreStarted,
+    TierUnreachable,
+)
 from sm_tiered.finish import Finisher
 from sm_tiered.generations import Generations
 from sm_tiered.group import Group, SoloGroup
 from sm_tiered.handout import remove_leftovers
+from sm_tiered.history import Extremes, History, count_failures, metrics_of
 from sm_tiered.inventory import read_holding
 from sm_tiered.launch import agree_on_launch, read_probe, wait_for_others
 from sm_tiered.line import Line
@@ -45,6 +54,9 @@ from sm_tiered.tiers.memory import MemoryTier
 from sm_tiered.voted_load import Loader
 
 __all__ = ["Store"]
+
+_METRICS_READ = 200
+"""So many checkpoints back is looked for the best metrics."""
 
 OnMap = Callable[[memoryview], Callable[[], None]]
 
@@ -73,7 +85,7 @@ class Store:
             lambda: durable.update({tier.name: open_tier(tier, settings.namespace) for tier in settings.durable})
         )
         self.tiers = Tiers(memory=memory, durable=durable, compose=self.finisher.compose)
-        path = Path(memory.root) / layout.EVENTS / f"rank-{group.rank:05d}.jsonl" if memory else None
+        path = event_files.begin_launch(Path(memory.root), launch=self._launch, rank=group.rank) if memory else None
         self.events = Events(namespace=settings.namespace, rank=group.rank, path=path)
         self.arena = Arena(memory, rank=group.rank, on_map=on_map) if memory else None
         if self.arena is not None:
@@ -82,6 +94,8 @@ class Store:
         self.generations = Generations(keep=settings.memory.generations if settings.memory else 1)
         self.restored: Restored | None = None
         """What the last restore took."""
+        self._seen: Survey | None = None
+        """What the tiers held when it began."""
         self.line = Line(settings, group, self.tiers, events=self.events, generations=self.generations)
         self._drainers: list[Any] = []
         self.ranks_here: tuple[int, ...] = (group.rank,)
@@ -185,12 +199,45 @@ class Store:
             room=room or self.room,
             use_memory=self.settings.unreachable == "use_memory",
         )
-        self.restored = restored
+        self.restored, self._seen = restored, seen
         begin = self.line.begin_after if opens else self.line.begin_when_saved
         begin(seen, restored, chosen=step is not None)
         if restored is None:
             self.events.emit(NothingSaved())
         return restored
+
+    def history(self, *, metrics: bool) -> History:
+        """Return what the last restore saw of the past, with the *metrics* of what goes on from there, if wanted.
+
+        Reading these asks for a small file of each checkpoint, by this rank alone. Not collective.
+        """
+        seen, record = self._seen, self.line.record
+        if seen is None:
+            return History()
+        attempts = {**seen.attempts, **({record.attempt: record} if record is not None else {})}
+        memory = self.tiers.memory.name if self.tiers.memory is not None else None
+        return History(
+            began_at=float(min((attempt.utc_secs for attempt in seen.seen), default=0)) or None,
+            failures=count_failures(attempts.values(), memory=memory, durable=self.tiers.durable),
+            extremes=self._extremes(seen) if metrics else {},
+        )
+
+    def _extremes(self, seen: Survey) -> dict[str, Extremes]:
+        memory, restored = self.tiers.memory, self.restored
+        near = {memory.name: memory} if memory is not None else {}
+        order = seen.candidates
+        if restored is not None and restored.checkpoint in order:
+            order = order[order.index(restored.checkpoint) :]
+        found: dict[str, Extremes] = {}
+        for name, tier in {**near, **self.tiers.durable}.items():
+            extremes = found.setdefault(name, Extremes())
+            try:
+                for checkpoint in order[:_METRICS_READ]:
+                    if name in seen.found[checkpoint]:
+                        extremes.take(metrics_of(tier, checkpoint, durable=name not in near))
+            except TierError as error:
+                self.events.emit(TierUnreachable(tier=name, error=error))
+        return found
 
     def check_room(self, sizes: Sequence[int]) -> None:
         """See that all generations of parts of *sizes* bytes fit on this node, if every rank here needs as much.

@@ -77,6 +77,6 @@ class TieredCheckpointer(SaveLoop[State]):
             self.restored = engine.store.restore(loader, step=wanted)
             if self.restored is None:
                 return None
-            engine.schedule.started_from(self.restored.step)
+            engine.remember(self.restored)
             StateSaver.of(engine).prepare(state)
         return self.restored.step

@@ -17,6 +17,8 @@ from sm_tiered.group import Group
 from sm_tiered.policies.context import Need
 from sm_tiered.preemption import Preemption
 from sm_tiered.recipe import Recipe, load_recipe
+from sm_tiered.requests import Requests, request_files
+from sm_tiered.restore import Restored
 from sm_tiered.saving import Saver
 from sm_tiered.schedule import Schedule
 from sm_tiered.settings import Settings
@@ -67,6 +69,11 @@ class Engine:
             if name not in known:
                 raise ConfigError(f"the recipe has no tier {name!r}", hint=f"It has {known}.")
         return frozenset(known if names is None else names)
+
+    def remember(self, restored: Restored) -> None:
+        """Tell the policies what was restored, and what had been before."""
+        wanted = self.group.rank == 0 and Need.METRICS in self.schedule.needs
+        self.schedule.started_from(restored.step, self.store.history(metrics=wanted))
 
     def make_room(self, sizes: Sequence[int], *, first: bool) -> None:
         """See on all ranks that parts of *sizes* bytes fit, and prepare their pages. Collective.
@@ -157,7 +164,7 @@ def _open(settings: Settings, group: Group) -> Engine:
     store = Store(settings, group, finisher=finish, on_map=on_map)
     saver = Saver(store)
     preemption = Preemption()
-    schedule = Schedule(settings, group, preemption)
+    schedule = Schedule(settings, group, preemption, Requests(request_files(settings)))
     if Need.SIGNAL in schedule.needs:
         preemption.install()
     return Engine(settings, group, store, saver, schedule, preemption)

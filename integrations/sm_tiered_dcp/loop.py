@@ -7,10 +7,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from sm_tiered import layout
-from sm_tiered.errors import ConfigError
-from sm_tiered.events import Preempted
+from sm_tiered.errors import ConfigError, TieredError
+from sm_tiered.events import Preempted, SaveFailed, SaveRequested
 from sm_tiered.handle import SaveHandle
 from sm_tiered.policies.context import Need, check_metrics
+from sm_tiered.pulse import Pulse
 from sm_tiered.restore import Restored
 from sm_tiered.schedule import Due
 from sm_tiered_dcp.engine import Engine, RecipeLike, open_engine
@@ -52,6 +53,7 @@ class SaveLoop(Generic[_Content]):
         """Use `from_recipe`."""
         self._engine: Engine | None = engine
         self._saver = self._make_saver(engine)
+        self._pulse = Pulse(engine.group.rank)
         self._last: tuple[int, _Content, Mapping[str, float]] | None = None
         self._ended: SaveHandle | None = None
         """What `finish` saved: the end of a block, after it, saves that no more."""
@@ -149,6 +151,9 @@ class SaveLoop(Generic[_Content]):
         due = engine.schedule.due(step, metrics=found, epochs_ended=ended, ending=ending)
         if due.preempted:
             engine.store.events.emit(Preempted(step=step))
+        if due.requested:
+            engine.store.events.emit(SaveRequested(step=step))
+        self._pulse.beat(step, engine.store.events)
         return due
 
     def save_due(
@@ -162,7 +167,8 @@ class SaveLoop(Generic[_Content]):
     ) -> SaveHandle | None:
         """Save *state* as *step* to the tiers that are *due*, as `ask` said; None when none is. Collective.
 
-        *urgent*: durable tiers are queued even behind a step that is still draining, as they are after a SIGTERM.
+        *urgent*: durable tiers are queued even behind a step that is still draining, as they are after a SIGTERM or
+        a request.
 
         Raises: see `save`.
         """
@@ -170,7 +176,8 @@ class SaveLoop(Generic[_Content]):
         step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
         if not due.tiers:
             return None
-        return self._save(step, state, tuple(sorted(due.tiers)), found, urgent=urgent or due.preempted)
+        hurry = urgent or due.preempted or due.requested
+        return self._save(step, state, tuple(sorted(due.tiers)), found, urgent=hurry)
 
     def save(
         self,
@@ -202,7 +209,7 @@ class SaveLoop(Generic[_Content]):
         self, step: int, state: _Content, tiers: tuple[str, ...], metrics: Mapping[str, float], *, urgent: bool
     ) -> SaveHandle:
         handle = self._saver.save(step, state, tiers=tiers, metrics=metrics, urgent=urgent)
-        self._open.schedule.note_saved(step, tiers)
+        self._open.schedule.note_saved(step, tiers, metrics=metrics, blocked_secs=handle.blocked_secs)
         return handle
 
     def finish(self) -> SaveHandle | None:
@@ -217,6 +224,7 @@ class SaveLoop(Generic[_Content]):
         """
         handle = self._save_at_end()
         self.wait()
+        self._pulse.end("finished", self._open.store.events)
         return handle
 
     def _save_at_end(self) -> SaveHandle | None:
@@ -281,8 +289,7 @@ class SaveLoop(Generic[_Content]):
         try:
             self.wait()
         finally:
-            engine, self._engine = self._engine, None
-            engine.close(patient=False)
+            self._let_go("closed")
 
     def __enter__(self) -> Self:
         return self
@@ -294,6 +301,7 @@ class SaveLoop(Generic[_Content]):
             return
         if error is not None:
             # What the training raised counts; nothing of ours may hide it or make it wait.
+            self._rescue()
             self.abandon()
             return
         try:
@@ -306,6 +314,21 @@ class SaveLoop(Generic[_Content]):
 
     def abandon(self) -> None:
         """Let go at once, after the training has failed: nothing is waited for, and what the drainer has goes on."""
+        self._let_go("failed")
+
+    def _let_go(self, how: str) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
+            self._pulse.end(how, engine.store.events)
             engine.close(patient=False)
+
+    def _rescue(self) -> None:
+        """Bring the newest whole step to the tiers that save ``on_exception``."""
+        engine, last = self._open, self._last
+        step = last[0] if last is not None else 0
+        try:
+            tiers = engine.schedule.after_exception(step)
+            if tiers:
+                engine.saver.promote_newest(tiers)
+        except TieredError as error:
+            engine.store.events.emit(SaveFailed(step=step, tier="memory", error=error))

@@ -125,7 +125,7 @@ class TieredFiles(SaveLoop[TakeFiles]):
             self._kept = loader
         if self.restored is None:
             return None
-        engine.schedule.started_from(self.restored.step)
+        engine.remember(self.restored)
         return self.restored.step
 
     @contextmanager

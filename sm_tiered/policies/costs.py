@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 from sm_tiered.errors import PolicyError
 from sm_tiered.policies.context import Need, SaveContext, check_secs, describe
@@ -30,7 +31,7 @@ class MaxOverhead(Composable):
     """0 < share < 1, e.g. 0.01 for 1 %."""
 
     def __post_init__(self) -> None:
-        share = self.share
+        share = cast(object, self.share)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
             text = f"MaxOverhead: share must be a number above 0 and below 1, got {describe(share)}"
             raise PolicyError(text, hint="0.01 means 1 % of the training time.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 from sm_tiered.errors import ConfigError, PolicyError
 from sm_tiered.layout import MAX_STEP, check_step
@@ -134,7 +135,7 @@ class WhenImproved(Composable):
 
     def __post_init__(self) -> None:
         check_metric("WhenImproved", self.metric, self.mode)
-        delta = self.min_delta
+        delta = cast(object, self.min_delta)
         if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not 0 <= delta < math.inf:
             text = f"WhenImproved: min_delta must be a number of at least 0, got {describe(delta)}"
             raise PolicyError(text, hint="0 takes any improvement.")
