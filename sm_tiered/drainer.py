@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from sm_tiered import layout, retention
+from sm_tiered import deadline, event_files, layout, retention
 from sm_tiered.commit import publish_attempt
 from sm_tiered.drain import Drain, Target
-from sm_tiered.errors import KeyNotFoundError, TierError
+from sm_tiered.errors import KeyNotFoundError, TieredError, TierError
+from sm_tiered.event_files import Publisher
 from sm_tiered.event_log import Events
-from sm_tiered.events import NewerAttemptSeen
+from sm_tiered.events import NewerAttemptSeen, plain
 from sm_tiered.finish import finisher
 from sm_tiered.locks import FileLock, probe
 from sm_tiered.manifest import MAX_BYTES
@@ -41,7 +42,8 @@ DRAINER_LOCK = "drainer"
 QUEUE_LOCK = "queue"
 _IDLE_SECS = float(os.environ.get("SM_TIERED_DRAINER_IDLE_SECS", "10"))
 """How long it lingers with nothing to do: starting again costs a second of CPU."""
-_EVENTS_BYTES = 1024 * 1024
+_LAST_WORDS_SECS = 10.0
+"""How long it tries, before it ends, to bring what was told last to a tier."""
 _STALE_UPLOAD_SECS = 86400.0
 """Unfinished uploads that are older belong to nobody: a client that was killed leaves them, and they cost money."""
 _NICE = 19
@@ -87,6 +89,7 @@ class _Targets:
         self._tiers: dict[tuple[str, str], Tier] = {}
         self._published: set[tuple[str, Attempt]] = set()
         self._swept: set[str] = set()
+        self._publisher = Publisher(memory)
 
     def target(self, entry: Entry) -> Target:
         """Return the tier of *entry*, with the attempt's own record on it."""
@@ -126,16 +129,17 @@ class _Targets:
         if tier.name not in self._swept:
             self._swept.add(tier.name)
             abort_stale_uploads(tier, max(_STALE_UPLOAD_SECS, in_flight_secs))
-        self._publish_events(tier)
+        self._publisher.publish(tier)
         return gone
 
-    def _publish_events(self, tier: Tier) -> None:
-        """Leave the newest MiB of each event file beside the checkpoints."""
-        for entry in self._memory.list(f"{layout.EVENTS}/"):
-            start = max(0, entry.size - _EVENTS_BYTES)
-            buffer = bytearray(entry.size - start)
-            self._memory.read_into(entry.key, start, memoryview(buffer))
-            tier.put(entry.key, bytes(buffer))
+    def publish_events(self) -> None:
+        """Leave beside the checkpoints what was told since the last commit: how the training ended, most of all."""
+        for tier in self._tiers.values():
+            try:
+                with deadline.within(_LAST_WORDS_SECS):
+                    self._publisher.publish(tier)
+            except TieredError as error:
+                logging.getLogger("sm_tiered").warning("events are not on %s: %s", tier.name, plain(error))
 
     def close(self) -> None:
         for tier in self._tiers.values():
@@ -175,7 +179,7 @@ def _step_back() -> None:
 
 def _run(memory: MemoryTier, namespace: str, lock: FileLock, stopping: list[int]) -> None:
     queue = Queue(memory)
-    events = Events(namespace=namespace, rank=None, path=Path(memory.root) / layout.EVENTS / "drainer.jsonl")
+    events = Events(namespace=namespace, rank=None, path=event_files.of_drainer(Path(memory.root)))
     targets = _Targets(memory, queue, events)
     drain = Drain(memory, queue, target=targets.target, compose=finisher, events=events)
     busy_at = time.monotonic()
@@ -186,8 +190,10 @@ def _run(memory: MemoryTier, namespace: str, lock: FileLock, stopping: list[int]
             busy_at = time.monotonic()
             time.sleep(min(max(pause, 0.01), 1.0))
             continue
-        if (stopping or time.monotonic() - busy_at > _IDLE_SECS) and _leave(memory, queue, lock):
-            break
+        if stopping or time.monotonic() - busy_at > _IDLE_SECS:
+            targets.publish_events()
+            if _leave(memory, queue, lock):
+                break
         time.sleep(0.05)
     targets.close()
     events.close()

@@ -11,15 +11,23 @@ import logging
 import os
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from sm_tiered import metrics
 from sm_tiered.errors import TierRefusedError
 from sm_tiered.events import Event, plain
 
-__all__ = ["MAX_FILE_BYTES", "Events"]
+__all__ = ["MAX_FILE_BYTES", "PIECES_KEPT", "Events"]
 
-MAX_FILE_BYTES = 16 * 1024 * 1024
-"""A file that would grow beyond this is renamed to ``<name>.1``, in the place of an older one."""
+MAX_FILE_BYTES = 1024 * 1024
+"""A file that would grow beyond this is put aside as ``<name>.1``, the next one as ``<name>.2``.
+
+So what is published again with every commit stays small, and the rest is published once.
+"""
+
+PIECES_KEPT = 32
+"""How many of those stay here; the oldest goes."""
 
 _logger = logging.getLogger("sm_tiered")
 
@@ -40,7 +48,8 @@ class Events:
             "event": type(event).__name__,
         }
         level = logging.DEBUG if event.alike and self._rank else event.level
-        _logger.log(level, "%s", event.message(), extra=extra)
+        _logger.log(level, "%s", event.message(), extra=extra, stacklevel=2)
+        metrics.record(event, namespace=self._namespace, rank=self._rank)
         path = self._path
         if path is None:
             return
@@ -88,11 +97,22 @@ def _append(path: Path, line: bytes) -> None:
 
 
 def _rotated(path: Path, descriptor: int) -> bool:
-    """Rename the file away unless another process just did or does; the lock dies with its holder."""
+    """Put the file aside unless another process just did or does; the lock dies with its holder."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor)):
-        os.rename(path, f"{path}.1")
+        pieces = _pieces(path)
+        os.rename(path, f"{path}.{max(pieces, default=0) + 1}")
+        for piece in pieces[: len(pieces) + 1 - PIECES_KEPT]:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{path}.{piece}")
     return True
+
+
+def _pieces(path: Path) -> list[int]:
+    """Return the numbers of what was put aside, oldest first."""
+    stem = f"{path.name}."
+    numbers = (name.removeprefix(stem) for name in os.listdir(path.parent) if name.startswith(stem))
+    return sorted(int(number) for number in numbers if number.isascii() and number.isdecimal())

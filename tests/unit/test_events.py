@@ -139,18 +139,24 @@ def test_the_file_is_for_its_owner_only_whatever_the_umask(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_file_that_grows_too_long_is_rotated_and_one_old_one_kept(
+def test_a_file_that_grows_too_long_is_put_aside_and_the_newest_pieces_are_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_log, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(event_log, "PIECES_KEPT", 3)
     told = Events(namespace="run", rank=0, path=path)
+    path.with_name(path.name + ".old").write_text("not ours")
     for pid in range(100):
         told.emit(DrainerStarted(pid=pid))
-    old = path.with_name(path.name + ".1")
-    pids = [found["pid"] for found in [*lines(old), *lines(path)]]
+    path.with_name(path.name + ".old").unlink()
+    pieces = sorted(path.parent.iterdir(), key=lambda piece: int(piece.suffix[1:]) if piece != path else 10**6)
+    assert len(pieces) == 4
+    last = int(pieces[2].suffix[1:])
+    assert [piece.name for piece in pieces] == [f"{path.name}.{n}" for n in (last - 2, last - 1, last)] + [path.name]
+    pids = [found["pid"] for piece in pieces for found in lines(piece)]
+    assert len(pids) > 20
     assert pids == list(range(100 - len(pids), 100))
-    assert max(path.stat().st_size, old.stat().st_size) <= 1000
-    assert sorted(entry.name for entry in path.parent.iterdir()) == [path.name, old.name]
+    assert max(piece.stat().st_size for piece in pieces) <= 1000
 
 
 def test_a_process_that_stopped_while_rotating_blocks_nobody(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
