@@ -180,7 +180,7 @@ class Schedule:
                 last_saved_step=step,
                 last_saved_at=at,
                 cost_secs=measured or None,
-                saved_metrics=self._extremes.get(tier.name, Extremes()).found,
+                saved_metrics=dict(self._extremes.get(tier.name, Extremes()).found),
                 failures=self._history.failures.get(tier.name, 0),
                 observed_secs=self._history.observed_secs(context.now),
             )
