@@ -1,36 +1,35 @@
 """Recipes: one YAML file that says where checkpoints live, when to save and what to keep.
 
-A recipe is read strictly and resolved once: the environment is filled in and paths are absolute, so that
-`Settings.text` means the same to every process. Every mistake is a `RecipeError` with its place in the file.
+A recipe is read strictly and resolved once: what it extends, what the environment sets and fills in, and absolute
+paths, so that `Settings.text` means the same to every process. Every mistake is a `RecipeError` with its place.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal, cast
 
 from pydantic import AfterValidator, PrivateAttr, ValidationError, field_validator
-from pydantic_core import ErrorDetails
 
-from sm_tiered.errors import ConfigError, RecipeError, TieredError
+from sm_tiered.errors import ConfigError, RecipeError
 from sm_tiered.layout import check_namespace
 from sm_tiered.policies import AnyOf, EveryNSteps, OnRequest, SavePolicy, members_of
-from sm_tiered.recipe_fields import closest, shown
+from sm_tiered.recipe_fields import shown
 from sm_tiered.recipe_fill import fill
+from sm_tiered.recipe_messages import translated
 from sm_tiered.recipe_models import LocalTier, MemoryTier, Tier
+from sm_tiered.recipe_overrides import overridden
 from sm_tiered.recipe_policies import Flag, Secs, Section, located
-from sm_tiered.recipe_yaml import MAX_BYTES, Document, FromEnvironment, Path, Place, parse_yaml
+from sm_tiered.recipe_sources import read_recipe, with_bases
+from sm_tiered.recipe_yaml import Document, FromEnvironment, parse_yaml
 from sm_tiered.settings import Settings
 
 __all__ = ["Recipe", "load_recipe"]
 
-_KINDS = ("memory", "local", "s3")
 _TIER_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 _logger = logging.getLogger("sm_tiered")
 
@@ -62,7 +61,7 @@ class Recipe(Section):
     in_use_wait_secs: Secs = 30.0
     stream_timeout_secs: Secs = 600.0
 
-    _source: str = PrivateAttr(default="recipe")
+    _document: Document = PrivateAttr(default_factory=lambda: Document(source="recipe", value={}))
 
     @classmethod
     def shape(cls, data: object) -> object:
@@ -100,23 +99,27 @@ class Recipe(Section):
         return tiers
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Return the recipe in the YAML file at *path*.
+    def load(cls, path: str | os.PathLike[str], *, overrides: Iterable[str] = ()) -> Recipe:
+        """Return the recipe in the YAML file at *path*, over what it extends and under what the environment sets.
+
+        *overrides* go over all: each is a ``KEY.KEY=VALUE``, as behind ``--set`` on the command line.
 
         Raises:
             RecipeError: it can't be read or used; says where and what is allowed.
         """
-        return cls.parse(_read(path), source=os.fspath(path))
+        return cls._layered(read_recipe(path), overrides)
 
     @classmethod
-    def parse(cls, text: str | Mapping[str, object], *, source: str = "recipe") -> Recipe:
+    def parse(
+        cls, text: str | Mapping[str, object], *, source: str = "recipe", overrides: Iterable[str] = ()
+    ) -> Recipe:
         """Return the recipe that YAML *text*, or a mapping of its values, holds. *source* names it in messages.
 
         Raises:
             RecipeError: it can't be used.
         """
         document = parse_yaml(text, source) if isinstance(text, str) else Document(source=source, value=text)
-        return cls._validated(fill(document, environment=os.environ))
+        return cls._layered(document, overrides)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str = "recipe") -> Recipe:
@@ -134,13 +137,29 @@ class Recipe(Section):
         return cls._validated(fill(Document(source=source, value=cast("dict[str, object]", value)), environment=None))
 
     @classmethod
+    def _layered(cls, document: Document, overrides: Iterable[str]) -> Recipe:
+        whole = with_bases(document, environment=os.environ)
+        return cls._validated(
+            fill(overridden(whole, environment=os.environ, options=overrides), environment=os.environ)
+        )
+
+    @classmethod
     def _validated(cls, document: Document) -> Recipe:
         try:
             recipe = cls.model_validate(document.value)
         except ValidationError as error:
-            raise _translated(error.errors(include_url=False), document) from None
-        recipe._source = document.source
+            raise translated(error.errors(include_url=False), document) from None
+        recipe._document = document
         return recipe
+
+    @property
+    def document(self) -> Document:
+        """The values that it was made of, with their places."""
+        return self._document
+
+    def values(self) -> dict[str, object]:
+        """Return all that holds, defaults included, as plain values; what is absent is left out."""
+        return self.model_dump(mode="json", exclude_none=True, by_alias=True)
 
     def settings(self) -> Settings:
         """Return what the recipe stands for."""
@@ -156,8 +175,8 @@ class Recipe(Section):
             group_timeout_secs=self.group_timeout_secs,
             in_use_wait_secs=self.in_use_wait_secs,
             stream_timeout_secs=self.stream_timeout_secs,
-            source=self._source,
-            text=json.dumps(self.model_dump(mode="json", exclude_none=True, by_alias=True), separators=(",", ":")),
+            source=self._document.source,
+            text=json.dumps(self.values(), separators=(",", ":")),
         )
 
     def warnings(self) -> list[str]:
@@ -169,9 +188,10 @@ class Recipe(Section):
         for tier in settings.durable:
             for every in sorted(_periods(tier.save)):
                 if memory and periods and not any(every % period == 0 for period in periods):
+                    where = f"{self._document.source}: tiers.{tier.name}.save"
                     found.append(
-                        f"{self._source}: tiers.{tier.name}.save: steps {every} are no multiples of those of tier "
-                        f"{memory.name!r} ({', '.join(map(str, sorted(periods)))}): each one is staged in memory too"
+                        f"{where}: steps {every} are no multiples of those of tier {memory.name!r} "
+                        f"({', '.join(map(str, sorted(periods)))}): each one is staged in memory too"
                     )
         return found
 
@@ -198,27 +218,6 @@ def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, object] | Recipe) 
     return found
 
 
-def _read(path: str | os.PathLike[str]) -> str:
-    source = os.fspath(path)
-    try:
-        found = os.stat(source)
-        if not stat.S_ISREG(found.st_mode):  # a pipe would block
-            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-            raise RecipeError(f"recipe {source!r} is {kind}", hint="Name the YAML file.")
-        if found.st_size > MAX_BYTES:
-            raise RecipeError(f"{source}: longer than {MAX_BYTES} bytes", hint="A recipe is a few dozen lines.")
-        with open(source, "rb") as file:
-            return file.read(MAX_BYTES + 1).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{source}: not UTF-8 at byte {error.start}", hint="Save the file as UTF-8.") from None
-    except FileNotFoundError as error:
-        raise RecipeError(f"recipe not found: {source}", hint=f"Looked from {os.getcwd()}.") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(f"recipe {source!r} can't be read: {error}") from error
-
-
 def _see_requests(tiers: Mapping[str, Tier]) -> None:
     """A request that names no file is looked for in a directory tier."""
     if any(isinstance(tier, (MemoryTier, LocalTier)) for tier in tiers.values()):
@@ -235,84 +234,3 @@ def _periods(policy: SavePolicy | None) -> set[int]:
     if isinstance(policy, EveryNSteps):
         return {policy.n}
     return set[int]().union(*map(_periods, policy.policies)) if isinstance(policy, AnyOf) else set()
-
-
-# ---- pydantic's errors in a recipe's words
-
-_KIND_OF = {
-    "int_type": "an integer",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "list_type": "a list",
-}
-_MISSING = {
-    "version": "Write version: 1.",
-    "namespace": "Name the run, e.g. namespace: llama-7b-run3.",
-    "tiers": "Name at least one: tiers: {memory: {kind: memory}}.",
-    "uri": "Write uri: s3://bucket/prefix.",
-    "path": "Name a directory that all ranks share.",
-    "metric": "best needs metric: the name that is given with a save, e.g. val_loss.",
-    "mode": "best needs mode: min or max.",
-}
-
-
-def _translated(errors: list[ErrorDetails], document: Document) -> RecipeError:
-    told = [_told(error, document) for error in errors]
-    told.sort(key=lambda entry: _order(document.places.get(entry[0])))
-    path, message, hint = told[0]
-    more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
-    return document.error(message + more, path=path, hint=hint)
-
-
-def _order(place: Place | None) -> tuple[float, int]:
-    return (place.line or 0, place.column) if place else (math.inf, 0)
-
-
-def _told(error: ErrorDetails, document: Document) -> tuple[Path, str, str | None]:
-    """Path, message and what to do."""
-    path, context, kind = _path(error["loc"]), error.get("ctx", {}), error["type"]
-    value, inner = cast(object, error["input"]), context.get("error")
-    if kind == "located":
-        return (*path, context["key"]), context["text"], context["hint"] or None
-    if isinstance(inner, TieredError):
-        return path, inner.message, inner.hint
-    if kind == "missing":
-        return path[:-1], f"{path[-1]} is missing", _MISSING.get(str(path[-1]))
-    if kind == "union_tag_not_found":
-        return path, "kind is missing", f"One of {', '.join(_KINDS)}."
-    if kind == "union_tag_invalid":
-        given = cast("Mapping[str, object]", value)["kind"]
-        guess = closest(given, _KINDS)
-        choice = f"One of {', '.join(_KINDS)}."
-        return (
-            (*path, "kind"),
-            f"{shown(given)} is no kind of tier",
-            f"Did you mean '{guess}'? {choice}" if guess else choice,
-        )
-    if kind == "literal_error":
-        wanted = str(context["expected"]).replace("True", "true")
-        return path, f"must be {wanted}, got {shown(value)}", _why(value, path, document) or f"Choose {wanted}."
-    wanted = _KIND_OF.get(kind, "a mapping" if kind.startswith(("model", "dict")) else str(error["msg"]))
-    return path, f"must be {wanted}, got {shown(value)}", _why(value, path, document) or f"Give {wanted}."
-
-
-def _path(loc: tuple[int | str, ...]) -> Path:
-    """Where in the recipe: pydantic names the kind of a tier, and ways to write a value, as if they were keys."""
-    path = loc[:2] + loc[3:] if loc[:1] == ("tiers",) and len(loc) > 2 else loc
-    return tuple(part for part in path if not str(part).startswith("~"))
-
-
-def _why(value: object, path: Path, document: Document) -> str | None:
-    """Why YAML reads something else than what was meant."""
-    place = document.places.get(path)
-    text = place.text if place else None
-    if isinstance(value, bool) and text is not None:
-        return f"YAML reads {text} as {str(value).lower()}; quote it if text is meant."
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d[\d.]*[eE]\d+", value):
-        return f"YAML 1.1 reads {value} as text; write the number out."
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d+)?", value):
-        return f"Did you mean {value}, without quotes?"
-    if isinstance(value, (int, float)) and text is not None:
-        return f"Did you mean '{text}', in quotes?"
-    return None

@@ -1,14 +1,13 @@
-"""Recipe text → plain values with their places. Knows YAML and the environment, not what a recipe means.
+"""Recipe text → plain values with their places. Knows YAML, not what a recipe means.
 
 YAML 1.1 as PyYAML's safe loader reads it, without what surprises (duplicate keys, octal numbers, tags, merge keys)
-and without what attacks (objects, expanding aliases). The environment enters by ``${NAME}`` in values alone.
+and without what attacks (objects, expanding aliases).
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -17,15 +16,31 @@ import yaml
 from sm_tiered.errors import RecipeError
 from sm_tiered.recipe_fields import shown
 
-__all__ = ["MAX_BYTES", "Document", "FromEnvironment", "Path", "Place", "parse_yaml", "prepare"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_DEPTH",
+    "MAX_VALUES",
+    "NO_SECRETS",
+    "Document",
+    "Filled",
+    "FromEnvironment",
+    "Path",
+    "Place",
+    "flow",
+    "looks_secret",
+    "name_of",
+    "parse_value",
+    "parse_yaml",
+]
 
 MAX_BYTES = 1024 * 1024
 """Longer text is refused."""
 
-_MAX_ALIASES, _MAX_VALUES, _MAX_DEPTH = 100, 10_000, 32
-_NO_SECRETS = "Secrets are not accepted here: credentials come from AWS's own chain (role, profile, environment)."
+MAX_VALUES, MAX_DEPTH = 10_000, 32
+NO_SECRETS = "Secrets are not accepted here: credentials come from AWS's own chain (role, profile, environment)."
+_MAX_ALIASES = 100
+_BEGIN = "Begin with version: 1, namespace and tiers."
 _SECRET = re.compile(r"secret|accesskey|password|passwd|credential|apikey|privatekey|tokens?$")
-_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^${}]*))?\}", re.ASCII)
 _ODD_INT = re.compile(r"[-+]?(0[0-7_]+|.*:.*)")
 
 Path = tuple[str | int, ...]
@@ -40,13 +55,27 @@ class FromEnvironment(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a value stands in the text."""
+    """Where a value was written."""
 
-    line: int
-    """From 1."""
-    column: int
-    text: str | None
+    source: str
+    """A file, ``environment NAME`` or ``--set KEY``."""
+    line: int | None = None
+    """From 1; None: the source is no text of several lines."""
+    column: int = 0
+    text: str | None = None
     """A scalar as it was written."""
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}, line {self.line}, col {self.column}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """A ``${NAME}`` that was filled in."""
+
+    name: str
+    default: bool
+    """Whether it was not set, so that the default was taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +85,21 @@ class Document:
     source: str
     value: Mapping[str, object]
     places: Mapping[Path, Place] = field(default_factory=dict[Path, Place])
+    """Of each value. A place without a value: a null there removed it."""
+    files: tuple[str, ...] = ()
+    """Those that it was read from, what extends before what it extends."""
+    layers: int = 1
+    """How many documents were laid over each other."""
+    filled: Mapping[Path, tuple[Filled, ...]] = field(default_factory=dict[Path, "tuple[Filled, ...]"])
+
+    def place(self, path: Path) -> Place | None:
+        """Return the nearest place that is known of what stands at *path*."""
+        return next((self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places), None)
 
     def error(self, message: str, *, path: Path = (), hint: str | None = None) -> RecipeError:
-        """Return the error about what stands at *path*, with the nearest place that is known."""
-        place = next((self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places), None)
-        where = f"{self.source}, line {place.line}, col {place.column}" if place else self.source
-        name = f"{_name(path)}: " if path else ""
-        return RecipeError(f"{where}: {name}{message}", hint=hint)
+        """Return the error about what stands at *path*."""
+        name = f"{name_of(path)}: " if path else ""
+        return RecipeError(f"{self.place(path) or self.source}: {name}{message}", hint=hint)
 
 
 def parse_yaml(text: str, source: str) -> Document:
@@ -71,6 +108,47 @@ def parse_yaml(text: str, source: str) -> Document:
     Raises:
         RecipeError: it is none, or holds what a recipe may not; with line and column.
     """
+    empty = Document(source=source, value={})
+    found = _composed(text, source)
+    if found is None:
+        raise empty.error("empty recipe", hint=_BEGIN)
+    value, places = found
+    if not isinstance(value, dict):
+        raise empty.error(f"expected a mapping, got {shown(value)}", hint=_BEGIN)
+    return Document(source=source, value=cast("dict[str, object]", value), places=places)
+
+
+def parse_value(text: str, source: str) -> object:
+    """Return the value that YAML *text* stands for, e.g. ``10`` or ``{every_n_steps: 10}``; None for no text, too.
+
+    Raises:
+        RecipeError: it is no YAML, or holds what a recipe may not.
+    """
+    found = _composed(text, source)
+    return None if found is None else found[0]
+
+
+def flow(value: object) -> str:
+    """Return *value*, which is plain, as YAML on one line."""
+    listed = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, allow_unicode=True, width=MAX_BYTES)
+    return listed.strip()[1:-1]
+
+
+def looks_secret(key: str) -> bool:
+    """Return whether what stands under *key* is likely a secret."""
+    words = re.split(r"[^a-z0-9]+", key.lower())
+    return "token" in words or _SECRET.search("".join(words)) is not None
+
+
+def name_of(path: Path) -> str:
+    """Return *path* for people, such as ``tiers.s3.save.any[0]``."""
+    parts = [
+        f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() else shown(part)}" for part in path
+    ]
+    return "".join(parts).removeprefix(".")
+
+
+def _composed(text: str, source: str) -> tuple[object, dict[Path, Place]] | None:
     empty = Document(source=source, value={})
     if len(text) > MAX_BYTES:
         raise empty.error(f"longer than {MAX_BYTES} bytes", hint="A recipe is a few dozen lines.")
@@ -85,22 +163,9 @@ def parse_yaml(text: str, source: str) -> Document:
         character, position = getattr(error, "character", "?"), getattr(error, "position", 0)
         raise empty.error(f"character {character!r} at {position} is not allowed in YAML") from None
     if root is None:
-        raise empty.error("empty recipe", hint="Begin with version: 1, namespace and tiers.")
+        return None
     builder = _Builder(source, loader)
-    value = builder.build(root, ())
-    if not isinstance(value, dict):
-        raise empty.error(f"expected a mapping, got {shown(value)}", hint="Begin with version: 1, namespace and tiers.")
-    return Document(source=source, value=cast("dict[str, object]", value), places=builder.places)
-
-
-def prepare(document: Document, *, environment: Mapping[str, str] | None) -> Document:
-    """Return *document* with the environment filled in (None: left as it is) and nothing but plain values.
-
-    Raises:
-        RecipeError: a variable is not set, a key looks like a secret, a key is no text, a value no plain one.
-    """
-    filled = _Filler(document, environment).fill(document.value, ())
-    return Document(source=document.source, value=cast("dict[str, object]", filled), places=document.places)
+    return builder.build(root, ()), builder.places
 
 
 class _TooMuchError(Exception):
@@ -125,7 +190,7 @@ class _Loader(yaml.SafeLoader):
         self._aliases += isinstance(event, yaml.AliasEvent)
         if self._aliases > _MAX_ALIASES:
             raise _TooMuchError(mark, f"more than {_MAX_ALIASES} aliases", "Write the values out.")
-        if self._nodes > 2 * _MAX_VALUES or self._depth > _MAX_DEPTH:
+        if self._nodes > 2 * MAX_VALUES or self._depth > MAX_DEPTH:
             raise _TooMuchError(mark, "too many or too deeply nested values", "A recipe is a few dozen lines.")
         tag = cast("str | None", getattr(event, "tag", None))
         if tag is not None:
@@ -149,10 +214,10 @@ class _Builder:
     def build(self, node: yaml.Node, path: Path) -> object:
         mark = cast("yaml.Mark", node.start_mark)
         self._values += 1
-        if self._values > _MAX_VALUES or len(path) > _MAX_DEPTH:  # what aliases repeat counts each time
+        if self._values > MAX_VALUES or len(path) > MAX_DEPTH:  # what aliases repeat counts each time
             raise _at(self._source, mark, "aliases stand for too many values", hint="Write the values out.")
         text = cast(str, node.value) if isinstance(node, yaml.ScalarNode) else None
-        self.places.setdefault(path, Place(line=mark.line + 1, column=mark.column + 1, text=text))
+        self.places.setdefault(path, Place(source=self._source, line=mark.line + 1, column=mark.column + 1, text=text))
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -171,7 +236,9 @@ class _Builder:
                 raise _at(self._source, mark, message, hint="Keep one of them.")
             lines[key] = mark.line + 1
             text = cast(str, value_node.value) if isinstance(value_node, yaml.ScalarNode) else None
-            self.places[(*path, key)] = Place(line=mark.line + 1, column=mark.column + 1, text=text)
+            self.places[(*path, key)] = Place(
+                source=self._source, line=mark.line + 1, column=mark.column + 1, text=text
+            )
             found[key] = self.build(value_node, (*path, key))
         return found
 
@@ -185,8 +252,8 @@ class _Builder:
         if not isinstance(key, str):
             message = f"a key must be text, YAML reads {shown(node.value)} as {key!r}"
             raise _at(self._source, mark, message, hint="Quote it.")
-        if _looks_secret(key):
-            raise _at(self._source, mark, f"key {shown(key)} looks like a secret", hint=_NO_SECRETS)
+        if looks_secret(key):
+            raise _at(self._source, mark, f"key {shown(key)} looks like a secret", hint=NO_SECRETS)
         return key
 
     def _scalar(self, node: yaml.ScalarNode) -> object:
@@ -202,78 +269,6 @@ class _Builder:
             return cast(object, self._loader.construct_object(node))  # pyright: ignore[reportUnknownMemberType]
         except ValueError:
             raise _at(self._source, mark, f"{shown(text)} is no {kind}", hint="Quote it if it is text.") from None
-
-
-class _Filler:
-    """Copies plain values, filling in the environment."""
-
-    def __init__(self, document: Document, environment: Mapping[str, str] | None) -> None:
-        self._document, self._environment, self._values = document, environment, 0
-
-    def fill(self, value: object, path: Path) -> object:
-        self._values += 1
-        if self._values > _MAX_VALUES or len(path) > _MAX_DEPTH:
-            raise self._document.error("too many or too deeply nested values", path=path[:3])
-        if isinstance(value, Mapping):
-            return self._mapping(cast("Mapping[object, object]", value), path)
-        if isinstance(value, (list, tuple)):
-            return [self.fill(entry, (*path, index)) for index, entry in enumerate(cast("list[object]", value))]
-        if isinstance(value, str):
-            return self._text(value, path) if self._environment is not None and "${" in value else value
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
-            raise self._document.error("a huge number is not permitted", path=path)
-        if value is None or isinstance(value, (bool, int, float)):
-            return value
-        raise self._document.error(
-            f"{shown(value)} is no plain value", path=path, hint="Use text, numbers, lists, mappings."
-        )
-
-    def _mapping(self, value: Mapping[object, object], path: Path) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, entry in value.items():
-            if not isinstance(key, str):
-                raise self._document.error(f"a key must be text, got {shown(key)}", path=path)
-            if _looks_secret(key):
-                raise self._document.error(f"key {shown(key)} looks like a secret", path=path, hint=_NO_SECRETS)
-            found[key] = self.fill(entry, (*path, key))
-        return found
-
-    def _text(self, value: str, path: Path) -> str:
-        if "${" in _REFERENCE.sub("", value):
-            hint = "Write ${NAME} or ${NAME:-default}; a default holds no braces."
-            raise self._document.error("a ${…} is malformed", path=path, hint=hint)
-        filled = _REFERENCE.sub(self._lookup(path), value)
-        if not filled.isprintable():
-            raise self._document.error(f"{shown(value)} brings in characters that can't be printed", path=path)
-        return FromEnvironment(filled)
-
-    def _lookup(self, path: Path) -> Callable[[re.Match[str]], str]:
-        environment = self._environment if self._environment is not None else os.environ
-
-        def lookup(found: re.Match[str]) -> str:
-            name, default = found[1], cast("str | None", found[2])
-            if _looks_secret(name):
-                message = f"environment variable {name} looks like a secret"
-                raise self._document.error(message, path=path, hint=_NO_SECRETS)
-            value = environment.get(name)
-            if value is None and default is None:
-                hint = f"Set it, or write ${{{name}:-default}}."
-                raise self._document.error(f"environment variable {name} is not set", path=path, hint=hint)
-            return value or default or ""
-
-        return lookup
-
-
-def _looks_secret(key: str) -> bool:
-    words = re.split(r"[^a-z0-9]+", key.lower())
-    return "token" in words or _SECRET.search("".join(words)) is not None
-
-
-def _name(path: Path) -> str:
-    parts = [
-        f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() else shown(part)}" for part in path
-    ]
-    return "".join(parts).removeprefix(".")
 
 
 def _at(source: str, mark: yaml.Mark | None, message: str, *, hint: str | None = None) -> RecipeError:
