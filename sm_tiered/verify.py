@@ -16,7 +16,7 @@ from sm_tiered.errors import ConfigError, CorruptPartError, FormatError, KeyNotF
 from sm_tiered.manifest import MAX_BYTES, manifest_from_json, record_from_json
 from sm_tiered.records import CheckpointId, Manifest, Part, Record
 from sm_tiered.tiers.base import Tier
-from sm_tiered.verify_chunks import check_chunk, choose_chunks, chunk_length
+from sm_tiered.verify_chunks import Chunk, check_chunks, choose_chunks
 from sm_tiered.verify_report import Problem, Report, State
 
 __all__ = ["Problem", "Progress", "Report", "State", "verify_checkpoint"]
@@ -35,11 +35,12 @@ def verify_checkpoint(
     durable: bool,
     share: float = 1.0,
     seed: int = 0,
+    threads: int = 1,
     progress: Progress | None = None,
 ) -> Report:
     """Verify *checkpoint*, reading the given *share* of its chunks: a random choice that *seed* decides.
 
-    It needs one chunk of memory (8 MiB) beside the largest record.
+    It needs one chunk of memory (8 MiB) for each of *threads*, which read and hash, beside the largest record.
 
     Raises:
         ConfigError: *share* is not above 0 and at most 1.
@@ -48,7 +49,15 @@ def verify_checkpoint(
     if not 0.0 < share <= 1.0:
         raise ConfigError(f"share is {share}", hint="Allowed: 0 < share <= 1.")
     for _ in range(_TRIES):
-        check = _Check(tier=tier, checkpoint=checkpoint, durable=durable, share=share, seed=seed, progress=progress)
+        check = _Check(
+            tier=tier,
+            checkpoint=checkpoint,
+            durable=durable,
+            share=share,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
         report = check.run()
         if not report.problems or not check.changed():
             return report
@@ -74,6 +83,7 @@ class _Check:
     durable: bool
     share: float
     seed: int
+    threads: int
     progress: Progress | None
     problems: list[Problem] = field(default_factory=list[Problem])
     manifest: bytes | None = None
@@ -255,19 +265,20 @@ class _Check:
 
     def _check_chunks(self, parts: Sequence[tuple[int, Part]]) -> None:
         seed = f"{self.seed}/{layout.checkpoint_dir(self.checkpoint)}"
-        chosen = list(choose_chunks([part for _, part in parts], share=self.share, seed=seed))
-        total = sum(chunk_length(part, index) for part, index in chosen)
-        buffer = memoryview(bytearray(max((chunk_length(part, index) for part, index in chosen), default=0)))
+        chosen = [
+            Chunk(key=layout.in_dir(self.checkpoint, part.name), part=part, index=index)
+            for part, index in choose_chunks([part for _, part in parts], share=self.share, seed=seed)
+        ]
+        total = sum(chunk.length for chunk in chosen)
         ranks = {part.name: rank for rank, part in parts}
         self._tell(total)
-        for part, index in chosen:
-            view = buffer[: chunk_length(part, index)]
-            found = check_chunk(self.tier, layout.in_dir(self.checkpoint, part.name), part, index, view)
+        for chunk, found in zip(chosen, check_chunks(self.tier, chosen, threads=self.threads), strict=True):
             if found.problem is not None:
-                self._problem(found.problem, rank=ranks[part.name], part=part.name, chunk=index)
+                name = chunk.part.name
+                self._problem(found.problem, rank=ranks[name], part=name, chunk=chunk.index)
             self.rereads += found.reread
             self.chunks += 1
-            self.bytes_read += len(view)
+            self.bytes_read += chunk.length
             self._tell(total)
 
     # ---- small things

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -24,14 +25,15 @@ from sm_tiered.cli.output import note_error, print_json, rate, render, size, tab
 from sm_tiered.cli.progress import Timed, Watch
 from sm_tiered.errors import TieredError, TierRefusedError
 from sm_tiered.inventory import list_checkpoints
-from sm_tiered.settings import Settings, TierSettings
+from sm_tiered.settings import S3Settings, Settings, TierSettings
 from sm_tiered.verify import Problem, Report, State, verify_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["run"]
+__all__ = ["run", "threads_for_reading"]
 
+_MOST_THREADS, _S3_THREADS = 4, 8
 _VERIFIED = frozenset({State.WHOLE, State.PARTIAL, State.DAMAGED})
 _STYLES = {State.WHOLE: "green", State.PARTIAL: "green", State.DAMAGED: "bold red", State.CHANGING: "yellow"}
 
@@ -103,6 +105,7 @@ def _verify_tier(outcome: _Outcome, settings: TierSettings, step: int | None, wa
                     durable=durable,
                     share=outcome.share,
                     seed=outcome.seed,
+                    threads=threads_for_reading(settings),
                     progress=watch.begin(settings.name, checkpoint),
                 )
             except TierRefusedError as error:
@@ -115,6 +118,11 @@ def _verify_tier(outcome: _Outcome, settings: TierSettings, step: int | None, wa
             watch.done(timed)
     finally:
         tier.close()
+
+
+def threads_for_reading(settings: TierSettings) -> int:
+    """A thread reads while another hashes; where a network is between, it waits for several answers at once."""
+    return _S3_THREADS if isinstance(settings, S3Settings) else min(_MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 # ---- for people

@@ -160,6 +160,30 @@ def drain(scale: Scale) -> list[Row]:
     ]
 
 
+def verify(scale: Scale) -> list[Row]:
+    """How fast what is stored can be looked at again."""
+    with room.directory() as path:
+        room.call("verify_bench.leave", path=path, tensors=_FEW, size=scale.size)
+        found = room.call("verify_bench.verify", path=path, size=scale.size, runs=scale.runs)
+    hashed = found["size"] / statistics.median(found["hashed"])
+    rate, whole = (found["bytes"] / statistics.median(found[name]) for name in ("verified", "command"))
+    return [
+        Row(
+            figure=f"verify in memory, against one core that hashes ({hashed / 1e9:.2f} GB/s)",
+            value=f"{rate / 1e9:.2f} GB/s: {rate / hashed:.2f}",
+            measured=rate / hashed,
+            must=_goal(0.8, "≥ 0.8"),
+            at_least=True,
+            samples=found,
+        ),
+        Row(
+            figure="the command, with its start",
+            value=f"{whole / 1e9:.2f} GB/s: {whole / hashed:.2f}",
+            measured=whole / hashed,
+        ),
+    ]
+
+
 def loop(scale: Scale) -> list[Row]:
     """What the training feels of the drain."""
     with room.sink() as address:
@@ -297,7 +321,7 @@ def _ms(secs: float) -> str:
 
 _SECTIONS: dict[str, Callable[[Scale], list[Row]]] = {
     function.__name__: function
-    for function in (save, first, state_dict, memory, restore, drain, loop, rivals, lightning, accelerate)
+    for function in (save, first, state_dict, memory, restore, verify, drain, loop, rivals, lightning, accelerate)
 }
 
 
