@@ -1,29 +1,43 @@
 """Retention on a durable tier: what the keep policy does not want goes, and never what a restore could need.
 
-A deletion and a late commit race for one key: `manifest.json` becomes a tombstone first, then the rest is deleted.
+How a checkpoint is given up, and how that is taken back, is in `sm_tiered.graves`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
 
 from sm_tiered import layout
 from sm_tiered.crashpoints import crashpoint
-from sm_tiered.errors import FormatError, KeyExistsError, KeyNotFoundError
-from sm_tiered.inventory import list_attempts, list_checkpoints, read_attempts, read_manifest, read_records
-from sm_tiered.manifest import MAX_BYTES, manifest_from_json, manifest_to_json, record_from_json
+from sm_tiered.errors import FormatError
+from sm_tiered.graves import Grave, delete_files, entomb, revive, whole_below
+from sm_tiered.inventory import list_attempts, list_checkpoints, read_attempts, read_manifest
+from sm_tiered.pins import is_pinned, pinned
 from sm_tiered.policies.context import CommittedCheckpoint
 from sm_tiered.policies.keep import KeepPolicy, ask_keep
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Manifest
 from sm_tiered.tiers.base import Tier
-from sm_tiered.tiers.file_list import read_file_lists
 
-__all__ = ["TOMBSTONE_SECS", "Plan", "apply", "plan"]
+__all__ = ["TOMBSTONE_SECS", "Kept", "Plan", "apply", "plan", "would_keep"]
 
 TOMBSTONE_SECS = 86400.0
 """How long a tombstone stays: longer than any committer may still try."""
+
+
+class Kept(Enum):
+    """Why a checkpoint stays."""
+
+    NEWEST = "newest"
+    POLICY = "keep policy"
+    PINNED = "pinned"
+    PARENT = "restored from"
+    """An attempt went on from it."""
+    IN_FLIGHT = "in flight"
+    """Not committed, and not long enough so to be given up."""
+    UNREADABLE = "unreadable"
+    """Its manifest is damaged or of a newer release: not ours to judge, so not ours to delete."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,56 +51,133 @@ class Plan:
     """Attempts that hold nothing here and chose nothing: every launch begins one, and every restore reads them all."""
     newer: Attempt | None = None
     """An attempt that began after the one that asks: then nothing is deleted."""
+    revive: Mapping[CheckpointId, bytes] = field(default_factory=dict[CheckpointId, bytes])
+    """Manifests to put back: what was about to be deleted, is whole, and was pinned or gone on from meanwhile."""
+    kept: Mapping[CheckpointId, frozenset[Kept]] = field(default_factory=dict[CheckpointId, frozenset[Kept]])
+    """All that stays, and why."""
+    committed: frozenset[CheckpointId] = frozenset()
+    attempt: Attempt | None = None
+    """The one that asks: once there is a newer one, `apply` deletes nothing more. None: it does not look."""
+    waits: bool = False
+    """Nothing is deleted before *attempt* has a checkpoint of its own here."""
 
 
-def plan(tier: Tier, keep: KeepPolicy, *, attempt: Attempt, in_flight_secs: float) -> Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What stands on the tier."""
+
+    listed: tuple[CheckpointId, ...]
+    """Oldest first."""
+    manifests: Mapping[CheckpointId, Manifest | None]
+    """None: there is none, or none that can be read."""
+    attempts: Mapping[Attempt, AttemptRecord]
+    pins: frozenset[CheckpointId]
+
+    @property
+    def committed(self) -> list[CheckpointId]:
+        return [c for c in self.listed if (m := self.manifests[c]) is not None and not m.tombstone]
+
+    @property
+    def tombs(self) -> list[CheckpointId]:
+        return [c for c in self.listed if (m := self.manifests[c]) is not None and m.tombstone]
+
+
+def plan(
+    tier: Tier,
+    keep: KeepPolicy,
+    *,
+    attempt: Attempt,
+    in_flight_secs: float,
+    in_flight: Collection[CheckpointId] = (),
+) -> Plan:
     """Return what may be deleted by a drainer of *attempt*: nothing unless that is the newest attempt on the tier.
 
-    Never deleted are pinned checkpoints, the parent of any attempt, the newest committed one, and what was never
-    committed and was written to less than *in_flight_secs* before the newest, by the tier's own clock.
+    Never deleted are pinned checkpoints, the parent of any attempt, the newest committed one, what is known to be
+    *in_flight*, and what was never committed and was written to less than *in_flight_secs* before the newest, by the
+    tier's own clock.
     """
     listed = list_checkpoints(tier)
     manifests = {checkpoint: _manifest(tier, checkpoint) for checkpoint in listed}
     attempts, damaged = read_attempts(tier)
     newest_attempt = max([*list_attempts(tier), *(c.attempt for c in listed), attempt])
-    committed = [c for c in listed if (m := manifests[c]) is not None and not m.tombstone]
     if newest_attempt != attempt:
         return Plan(newer=newest_attempt)
+    found = _Found(listed=tuple(listed), manifests=manifests, attempts=attempts, pins=pinned(tier))
+    committed = found.committed
     if not any(c.attempt == attempt for c in committed):
-        return Plan()
+        return Plan(attempt=attempt, waits=True, committed=frozenset(committed))
     if damaged:
         raise FormatError(
             f"the record of {min(damaged)} is damaged: what it continues must not be deleted, and can't be told",
             hint="Look with `sm-tiered verify`; with that record removed, retention goes on.",
         )
-    wanted = _wanted(committed, manifests, keep) | _parents(attempts) | _pinned(tier, committed)
+    protected = found.pins | _parents(attempts)
+    wanted = _wanted(committed, manifests, keep) | protected
     clock = _modified_at(tier, max(c for c in committed if c.attempt == attempt))
-    stale = _stale(tier, listed, manifests, committed, attempt, in_flight_secs)
+    stale = [c for c in _stale(tier, found, attempt, in_flight_secs) if c not in in_flight]
+    unfinished = [c for c in found.tombs if len(tier.list(f"{layout.checkpoint_dir(c)}/")) > 1]
+    back = {c: data for c in unfinished if c in protected and (data := _whole(tier, manifests[c])) is not None}
+    delete = tuple(c for c in sorted([*committed, *stale]) if c not in wanted)
     holding = {checkpoint.attempt for checkpoint in listed}
-    tombs = [c for c in listed if (m := manifests[c]) is not None and m.tombstone]
-    unfinished = [c for c in tombs if len(tier.list(f"{layout.checkpoint_dir(c)}/")) > 1]
     return Plan(
-        delete=tuple(c for c in sorted([*committed, *stale]) if c not in wanted) + tuple(unfinished),
-        bury=tuple(c for c in tombs if c not in unfinished and clock - _modified_at(tier, c) > TOMBSTONE_SECS),
+        delete=delete + tuple(c for c in unfinished if c not in back),
+        bury=tuple(c for c in found.tombs if c not in unfinished and clock - _modified_at(tier, c) > TOMBSTONE_SECS),
         forget=tuple(sorted(a for a, r in attempts.items() if a < attempt and not r.chosen and a not in holding)),
+        revive=back,
+        kept={c: _reasons(tier, c, found) for c in listed if c not in delete and c not in found.tombs},
+        committed=frozenset(committed),
+        attempt=attempt,
     )
 
 
-def apply(tier: Tier, namespace: str, chosen: Plan) -> list[CheckpointId]:
-    """Carry *chosen* out; return the checkpoints that were deleted."""
+def apply(
+    tier: Tier, namespace: str, chosen: Plan, *, told: Callable[[CheckpointId], None] | None = None
+) -> list[CheckpointId]:
+    """Carry *chosen* out, telling *told* of each deletion; return the checkpoints that were deleted.
+
+    What was pinned since the plan was made stays, and a newer attempt ends it: that may have begun from what is next.
+    """
+    for checkpoint, manifest in chosen.revive.items():
+        revive(tier, checkpoint, manifest)
     done: list[CheckpointId] = []
     for checkpoint in chosen.delete:
-        grave = _entomb(tier, namespace, checkpoint)
+        grave = entomb(tier, namespace, checkpoint)
         if grave is None:
             continue
         crashpoint("retention.after_tombstone")
-        _delete_files(tier, grave)
-        done.append(checkpoint)
-        crashpoint("retention.after_delete")
+        overtaken = _overtaken(tier, chosen)
+        if grave.before is None or not (overtaken or is_pinned(tier, checkpoint)):
+            _finish(tier, grave)
+            done.append(checkpoint)
+            if told is not None:
+                told(checkpoint)
+        else:
+            revive(tier, checkpoint, grave.before)
+        if overtaken:
+            return done
     for checkpoint in chosen.bury:
         tier.delete([layout.in_dir(checkpoint, layout.MANIFEST)])
     tier.delete(layout.attempt_key(attempt) for attempt in chosen.forget)
     return done
+
+
+def would_keep(tier: Tier, keep: KeepPolicy, newcomer: CommittedCheckpoint) -> bool:
+    """Return whether *keep* would let *newcomer* stay among what is committed on *tier* now."""
+    manifests = {c: m for c in list_checkpoints(tier) if (m := _manifest(tier, c)) is not None and not m.tombstone}
+    facts = {c: CommittedCheckpoint(checkpoint=c, saved_at=m.saved_at, metrics=m.metrics) for c, m in manifests.items()}
+    facts[newcomer.checkpoint] = newcomer
+    ordered = sorted(facts)
+    return ask_keep(keep, [facts[c] for c in ordered])[ordered.index(newcomer.checkpoint)]
+
+
+def _finish(tier: Tier, grave: Grave) -> None:
+    delete_files(tier, grave.tombstone)
+    crashpoint("retention.after_delete")
+
+
+def _overtaken(tier: Tier, chosen: Plan) -> bool:
+    asking = chosen.attempt
+    return asking is not None and any(attempt > asking for attempt in list_attempts(tier))
 
 
 def _manifest(tier: Tier, checkpoint: CheckpointId) -> Manifest | None:
@@ -113,27 +204,31 @@ def _parents(attempts: Mapping[Attempt, AttemptRecord]) -> set[CheckpointId]:
     return {record.parent for record in attempts.values() if record.parent is not None}
 
 
-def _pinned(tier: Tier, committed: Iterable[CheckpointId]) -> set[CheckpointId]:
-    pins = {entry.key.removeprefix("pins/").removesuffix(".json") for entry in tier.list("pins/")}
-    return {c for c in committed if layout.checkpoint_dir(c) in pins}
+def _whole(tier: Tier, tombstone: Manifest | None) -> bytes | None:
+    return None if tombstone is None else whole_below(tier, tombstone)
 
 
-def _stale(
-    tier: Tier,
-    listed: Iterable[CheckpointId],
-    manifests: Mapping[CheckpointId, Manifest | None],
-    committed: list[CheckpointId],
-    attempt: Attempt,
-    in_flight_secs: float,
-) -> list[CheckpointId]:
+def _reasons(tier: Tier, checkpoint: CheckpointId, found: _Found) -> frozenset[Kept]:
+    """Why *checkpoint*, which is not to be deleted, stays."""
+    why: set[Kept] = set()
+    if found.manifests[checkpoint] is None:
+        return frozenset({Kept.UNREADABLE if _has_manifest(tier, checkpoint) else Kept.IN_FLIGHT})
+    if checkpoint in found.pins:
+        why.add(Kept.PINNED)
+    if checkpoint in _parents(found.attempts):
+        why.add(Kept.PARENT)
+    if checkpoint == max(found.committed):
+        why.add(Kept.NEWEST)
+    return frozenset(why or {Kept.POLICY})
+
+
+def _stale(tier: Tier, found: _Found, attempt: Attempt, in_flight_secs: float) -> list[CheckpointId]:
     """Checkpoints that were never committed and never will be."""
-    newest = max(c for c in committed if c.attempt == attempt)
+    newest = max(c for c in found.committed if c.attempt == attempt)
     clock = _modified_at(tier, newest)
     stale: list[CheckpointId] = []
-    for checkpoint in listed:
-        if checkpoint in committed or checkpoint >= newest or (m := manifests[checkpoint]) is not None and m.tombstone:
-            continue
-        if _has_manifest(tier, checkpoint):
+    for checkpoint in found.listed:
+        if found.manifests[checkpoint] is not None or checkpoint >= newest or _has_manifest(tier, checkpoint):
             continue
         if clock - _modified_at(tier, checkpoint) > in_flight_secs:
             stale.append(checkpoint)
@@ -148,64 +243,3 @@ def _modified_at(tier: Tier, checkpoint: CheckpointId) -> float:
 def _has_manifest(tier: Tier, checkpoint: CheckpointId) -> bool:
     key = layout.in_dir(checkpoint, layout.MANIFEST)
     return any(entry.key == key for entry in tier.list(key))
-
-
-def _entomb(tier: Tier, namespace: str, checkpoint: CheckpointId) -> Manifest | None:
-    """Turn the manifest into a tombstone and return it; None when somebody else was there in between."""
-    key = layout.in_dir(checkpoint, layout.MANIFEST)
-    try:
-        standing = tier.get(key, max_bytes=MAX_BYTES)
-    except KeyNotFoundError:
-        grave = _grave(namespace, checkpoint, None, _recorded_parts(tier, checkpoint))
-        try:
-            tier.put_if_absent(key, manifest_to_json(grave))
-        except KeyExistsError:
-            return None
-        return grave
-    manifest = manifest_from_json(standing.data)
-    if manifest.tombstone:
-        return manifest
-    grave = _grave(namespace, checkpoint, manifest, manifest.parts)
-    try:
-        tier.replace(key, manifest_to_json(grave), version=standing.version)
-    except (KeyExistsError, KeyNotFoundError):
-        return None
-    return grave
-
-
-def _grave(namespace: str, checkpoint: CheckpointId, manifest: Manifest | None, parts: Mapping[str, int]) -> Manifest:
-    """The tombstone names the parts, so that a deletion that was cut short can be finished by anybody."""
-    return Manifest(
-        namespace=namespace,
-        checkpoint=checkpoint,
-        world=manifest.world if manifest else 1,
-        saved_at=manifest.saved_at if manifest else 0.0,
-        parts=dict(parts),
-        tombstone=True,
-    )
-
-
-def _recorded_parts(tier: Tier, checkpoint: CheckpointId) -> dict[str, int]:
-    parts: dict[str, int] = {}
-    for data in read_records(tier, checkpoint).values():
-        with suppress(FormatError):
-            parts.update({part.name: part.size for part in record_from_json(data).parts})
-    for listed in read_file_lists(tier, checkpoint).values():
-        parts.update({name: parts.get(name, 0) for name in listed.names})
-    return parts
-
-
-def _delete_files(tier: Tier, grave: Manifest) -> None:
-    """Delete all that is ours but the tombstone; a file that nothing recorded stays where it is."""
-    directory = layout.checkpoint_dir(grave.checkpoint)
-    names = [entry.key.removeprefix(f"{directory}/") for entry in tier.list(f"{directory}/")]
-    tier.delete(f"{directory}/{name}" for name in names if name in grave.parts or _ours(name))
-
-
-def _ours(name: str) -> bool:
-    return (
-        name in (layout.METADATA, layout.INDEX)
-        or layout.parse_record_name(name) is not None
-        or layout.parse_file_list_name(name) is not None
-        or layout.parse_part_name(name) is not None
-    )

@@ -164,7 +164,7 @@ MUTANTS = (
     ),
     Mutant(
         name="files are deleted without a tombstone",
-        path="sm_tiered/retention.py",
+        path="sm_tiered/graves.py",
         old="        tier.replace(key, manifest_to_json(grave), version=standing.version)\n",
         new="        pass\n",
         tests=(f"{PROMISES}::test_what_is_deleted_is_a_tombstone_first",),
