@@ -24,12 +24,12 @@ from sm_tiered.errors import (
     TierRefusedError,
     TierUnavailableError,
 )
-from sm_tiered.locks import FileLock, probe
+from sm_tiered.locks import FileLock, Holder, probe
 from sm_tiered.settings import MemorySettings
 from sm_tiered.tiers import safeio
 from sm_tiered.tiers.files import DirectoryTier, pread_full
 
-__all__ = ["MemoryTier", "OpenPart"]
+__all__ = ["MemoryTier", "OpenPart", "trainers_at"]
 
 _IN_MEMORY = frozenset({0x01021994, 0x858458F6})
 """TMPFS_MAGIC, RAMFS_MAGIC of statfs(2)."""
@@ -221,6 +221,15 @@ class MemoryTier(DirectoryTier):
                     # Nobody holds it: its trainer is dead, and the file of no use.
                     lock.remove()
         return alive
+
+
+def trainers_at(root: Path) -> list[Holder]:
+    """Return the living trainers in the namespace's directory *root*. Nothing is made, locked or removed."""
+    try:
+        names = sorted(name for name in os.listdir(root / layout.LOCKS) if _TRAINER.fullmatch(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [holder for name in names if (holder := probe(root / layout.LOCKS / name)) is not None]
 
 
 def _make_private(path: Path, *, tier: str) -> None:

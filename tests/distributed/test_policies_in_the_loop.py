@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sm_tiered.event_reading import merge, of_paths
 from sm_tiered_dcp import TieredCheckpointer
 from tests.distributed.dcp_jobs import pause, recipe, run, start, step_dir, tell
 
@@ -95,8 +96,8 @@ def test_one_rank_that_is_told_to_stop_lets_all_save_once(
         told = 2 if rank == victim else 0
         assert end.value["heard"] == [signal.SIGTERM] * told, "who listened before still hears"
         assert end.value["heard after"] == told + 1, "and alone, once the checkpointer is closed"
-    events = [json.loads(line) for line in (memory_dir / "run-1/events/rank-00000.jsonl").open()]
-    assert [event["step"] for event in events if event["event"] == "Preempted"] == [3]
+    told = merge(of_paths([memory_dir / "run-1"])[0]).events
+    assert [event.facts["step"] for event in told if event.kind == "Preempted" and event.rank == 0] == [3]
 
 
 def _metrics(rank: int, which: dict[str, Any]) -> list[Any]:
