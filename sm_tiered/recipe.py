@@ -45,6 +45,7 @@ class Recipe(Section):
         "checksum": "Leave it out: every part carries XXH3-128 digests.",
         "save": "Each tier has its own: tiers: {memory: {save: …}}.",
         "keep": "Each tier has its own: tiers: {memory: {keep: …}}.",
+        **dict.fromkeys(("extend", "inherits", "include", "base", "defaults"), "Write extends: base.yaml."),
     }
 
     version: Literal[1]

@@ -20,6 +20,7 @@ __all__ = [
     "check_positive",
     "check_region",
     "closest",
+    "is_secret",
     "parse_size",
     "shown",
 ]
@@ -36,7 +37,18 @@ _PRINTABLE = re.compile(r"[!-~]+", re.ASCII)
 _DIRECTIONS = ("north", "south", "east", "west", "central", "northeast", "northwest", "southeast", "southwest")
 _REGION = re.compile(rf"([a-z]{{2}}(?:-(?:gov|iso[a-z]?))?)-({'|'.join(_DIRECTIONS)})-([1-9]\d?)", re.ASCII)
 _ANY_REGION = re.compile(r"[a-z0-9][a-z0-9-]{0,62}", re.ASCII)
-_SECRET_VALUE = re.compile(r"(?:AKIA|ASIA)[A-Z0-9]{12}|://[^/]*@|X-Amz-|BEGIN [A-Z ]*PRIVATE")
+_SECRET_VALUE = re.compile(
+    r"(?:AKIA|ASIA)[A-Z0-9]{12}|://[^/]*@|X-Amz-|BEGIN [A-Z ]*PRIVATE"
+    r"|\b(?:gh[a-z]|hf|github_pat)_[A-Za-z0-9_]{20}|\bey[A-Za-z0-9_-]{8,}\.ey"
+    r"|(?i:secret|passw(?:or)?d|token|api_?key)=",
+    re.ASCII,
+)
+_SECRET_KEY = re.compile(r"(?=.*[A-Z])(?=.*[a-z])(?=.*\d)[A-Za-z0-9+/]{40}", re.ASCII)
+
+
+def is_secret(text: str) -> bool:
+    """Return whether *text* looks like credentials of a kind that is known."""
+    return _SECRET_VALUE.search(text) is not None or _SECRET_KEY.fullmatch(text) is not None
 
 
 def shown(value: object) -> str:
@@ -46,7 +58,7 @@ def shown(value: object) -> str:
     if isinstance(value, (bool, int, float)):
         return repr(value) if isinstance(value, bool) or abs(value) < 2**64 else "a huge number"
     if isinstance(value, str):
-        if _SECRET_VALUE.search(value):
+        if is_secret(value):
             return "a value that is hidden, for it looks like a secret"
         return repr(value if len(value) <= 60 else value[:60] + "…")
     if isinstance(value, Mapping):
@@ -56,7 +68,8 @@ def shown(value: object) -> str:
 
 def closest(word: object, known: Iterable[str]) -> str | None:
     """Return the one of *known* that *word* is most likely a misspelling of."""
-    found = difflib.get_close_matches(str(word).lower(), list(known), n=1, cutoff=0.6)
+    text = str(word).lower()
+    found = difflib.get_close_matches(text, list(known), n=1, cutoff=0.6 if len(text) > 2 else 0.5)
     return found[0] if found else None
 
 

@@ -26,9 +26,9 @@ __all__ = [
     "FromEnvironment",
     "Path",
     "Place",
-    "flow",
     "looks_secret",
     "name_of",
+    "on_one_line",
     "parse_value",
     "parse_yaml",
 ]
@@ -98,8 +98,9 @@ class Document:
 
     def error(self, message: str, *, path: Path = (), hint: str | None = None) -> RecipeError:
         """Return the error about what stands at *path*."""
-        name = f"{name_of(path)}: " if path else ""
-        return RecipeError(f"{self.place(path) or self.source}: {name}{message}", hint=hint)
+        where, name = str(self.place(path) or self.source), name_of(path)
+        told = not name or where == f"--set {name}"
+        return RecipeError(f"{where}: {'' if told else f'{name}: '}{message}", hint=hint)
 
 
 def parse_yaml(text: str, source: str) -> Document:
@@ -128,10 +129,10 @@ def parse_value(text: str, source: str) -> object:
     return None if found is None else found[0]
 
 
-def flow(value: object) -> str:
-    """Return *value*, which is plain, as YAML on one line."""
-    listed = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, allow_unicode=True, width=MAX_BYTES)
-    return listed.strip()[1:-1]
+def on_one_line(value: object) -> str:
+    """Return *value*, which is plain, as YAML for what stands behind a key."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=MAX_BYTES)
+    return text.removesuffix("...\n").strip()
 
 
 def looks_secret(key: str) -> bool:

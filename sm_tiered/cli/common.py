@@ -8,15 +8,20 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from sm_tiered import layout
 from sm_tiered.cli.output import OutputClosedError, clean, note_error
 from sm_tiered.errors import ConfigError, CorruptPartError, FormatError, TieredError
 from sm_tiered.settings import LocalSettings, MemorySettings, S3Settings, Settings, TierSettings
 from sm_tiered.tiers.base import Tier
+
+if TYPE_CHECKING:
+    from sm_tiered.recipe import Recipe
 
 __all__ = [
     "EXIT_CORRUPT",
@@ -30,8 +35,10 @@ __all__ = [
     "location_of",
     "open_for_looking",
     "open_recipe",
+    "overriding",
     "parallel",
     "parse_share",
+    "read_recipe",
     "reported",
     "threads_for",
 ]
@@ -43,6 +50,7 @@ _PATIENCE_SECS = 15.0
 """How long a look waits for S3; a person waits for the answer."""
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%?", re.ASCII)
 _S3_THREADS = 12
+_overrides: ContextVar[tuple[str, ...]] = ContextVar("overrides", default=())
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -74,15 +82,34 @@ def _status(command: Callable[[], int]) -> int:
         return EXIT_CORRUPT if isinstance(error, (CorruptPartError, FormatError)) else EXIT_FAILED
 
 
-def open_recipe(path: str) -> Settings:
-    """Return the settings of the recipe at *path*.
+@contextmanager
+def overriding(options: Sequence[str]) -> Generator[None, None, None]:
+    """Lay *options*, each a ``KEY.KEY=VALUE``, over every recipe that is opened meanwhile."""
+    before = _overrides.set(tuple(options))
+    try:
+        yield
+    finally:
+        _overrides.reset(before)
+
+
+def read_recipe(path: str) -> Recipe:
+    """Return the recipe at *path*, with what the command line sets.
 
     Raises:
         RecipeError: there is none, or it can't be used.
     """
     from sm_tiered.recipe import Recipe
 
-    return Recipe.load(path).settings()
+    return Recipe.load(path, overrides=_overrides.get())
+
+
+def open_recipe(path: str) -> Settings:
+    """Return the settings of the recipe at *path*, with what the command line sets.
+
+    Raises:
+        RecipeError: there is none, or it can't be used.
+    """
+    return read_recipe(path).settings()
 
 
 def open_for_looking(settings: TierSettings, namespace: str, *, patient: bool = False) -> Tier:
