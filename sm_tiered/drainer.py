@@ -26,6 +26,7 @@ from sm_tiered.event_log import Events
 from sm_tiered.events import NewerAttemptSeen, plain
 from sm_tiered.finish import finisher
 from sm_tiered.locks import FileLock, probe
+from sm_tiered.logs import Undo, install
 from sm_tiered.manifest import MAX_BYTES
 from sm_tiered.policies.keep import Latest
 from sm_tiered.queue import Entry, Queue
@@ -90,13 +91,19 @@ class _Targets:
         self._published: set[tuple[str, Attempt]] = set()
         self._swept: set[str] = set()
         self._publisher = Publisher(memory)
+        self._undo_logs: list[Undo] = []
+
+    def recipe(self, entry: Entry) -> Recipe:
+        """Return the recipe of *entry*; what it asks of the log is done from then on."""
+        found = self._recipes.get(entry.recipe)
+        if found is None:
+            found = self._recipes[entry.recipe] = Recipe.from_json(self._queue.recipe(entry.recipe))
+            self._undo_logs.append(install(found.settings().log, namespace=found.namespace, rank=None))
+        return found
 
     def target(self, entry: Entry) -> Target:
         """Return the tier of *entry*, with the attempt's own record on it."""
-        recipe = self._recipes.get(entry.recipe)
-        if recipe is None:
-            recipe = self._recipes[entry.recipe] = Recipe.from_json(self._queue.recipe(entry.recipe))
-        settings = recipe.settings()
+        settings = self.recipe(entry).settings()
         chosen = next((tier for tier in settings.durable if tier.name == entry.tier), None)
         if chosen is None:
             raise TierError(f"the recipe has no durable tier {entry.tier!r}", tier=entry.tier)
@@ -144,6 +151,8 @@ class _Targets:
     def close(self) -> None:
         for tier in self._tiers.values():
             tier.close()
+        for undo in self._undo_logs:
+            undo()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,6 +191,9 @@ def _run(memory: MemoryTier, namespace: str, lock: FileLock, stopping: list[int]
     events = Events(namespace=namespace, rank=None, path=event_files.of_drainer(Path(memory.root)))
     targets = _Targets(memory, queue, events)
     drain = Drain(memory, queue, target=targets.target, compose=finisher, events=events)
+    for entry in queue.entries():
+        with suppress(TieredError):  # `target` fails of it too, and that is told
+            targets.recipe(entry)
     busy_at = time.monotonic()
     # When somebody deleted the directory, another drainer works on what stands there now.
     while lock.stands():

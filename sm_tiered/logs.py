@@ -19,33 +19,18 @@ from sm_tiered.events import plain
 from sm_tiered.layout import check_namespace
 from sm_tiered.log_files import LogFile, log_path, private_directory
 from sm_tiered.log_lines import LineFormatter
+from sm_tiered.settings import LogSettings
 
-__all__ = ["LEVELS", "LogSettings", "Undo", "install", "to_console", "to_file"]
+__all__ = ["LEVELS", "Undo", "install", "to_console", "to_file"]
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _LOGGERS = ("sm_tiered", "sm_tiered_dcp", "sm_tiered_lightning", "sm_tiered_accelerate")
 """Integrations may log under the names of their own packages."""
-_MAX_BYTES = 16 * 1024 * 1024
-_KEPT = 4
+_DEFAULTS = LogSettings()
 
 Undo = Callable[[], None]
 
 _logger = logging.getLogger("sm_tiered")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogSettings:
-    """What a recipe asks for."""
-
-    console: bool = False
-    path: str | None = None
-    """An absolute directory: each rank has a file in ``<path>/<namespace>``; None: no files."""
-    level: str = "INFO"
-    """One of `LEVELS`: the least that is told."""
-    max_bytes: int = _MAX_BYTES
-    """A file that would grow beyond this is put aside."""
-    kept: int = _KEPT
-    """How many of those stay."""
 
 
 def to_console(level: str = "INFO", *, namespace: str | None = None, rank: int | None = None) -> Undo:
@@ -65,8 +50,8 @@ def to_file(
     namespace: str,
     rank: int | None,
     level: str = "INFO",
-    max_bytes: int = _MAX_BYTES,
-    kept: int = _KEPT,
+    max_bytes: int = _DEFAULTS.max_bytes,
+    kept: int = _DEFAULTS.kept,
 ) -> Undo:
     """Write the lines of *rank* (None: the drainer's) to a file in ``<directory>/<namespace>``; return what undoes it.
 
@@ -101,22 +86,15 @@ def install(settings: LogSettings | None, *, namespace: str, rank: int | None) -
     The drainer (*rank* None) has no console of its own: what it prints goes to a file of the queue already.
     """
     undos: list[Undo] = []
-    if settings is not None and settings.console and rank is not None:
-        undos.append(to_console(settings.level, namespace=namespace, rank=rank))
-    if settings is not None and settings.path is not None:
-        try:
-            undos.append(
-                to_file(
-                    settings.path,
-                    namespace=namespace,
-                    rank=rank,
-                    level=settings.level,
-                    max_bytes=settings.max_bytes,
-                    kept=settings.kept,
-                )
-            )
-        except TieredError as error:
-            _logger.warning("%s", error)
+    asked = settings or LogSettings()
+    try:
+        if asked.console and rank is not None:
+            undos.append(to_console(asked.level, namespace=namespace, rank=rank))
+        if asked.path is not None:
+            size = {"max_bytes": asked.max_bytes, "kept": asked.kept}
+            undos.append(to_file(asked.path, namespace=namespace, rank=rank, level=asked.level, **size))
+    except TieredError as error:
+        _logger.warning("%s", error)
 
     def undo_all() -> None:
         for undo in undos:

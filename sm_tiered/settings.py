@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sm_tiered.policies.keep import KeepPolicy, Latest
 from sm_tiered.policies.save import SavePolicy
 
-__all__ = ["LocalSettings", "MemorySettings", "S3Settings", "Settings", "TierSettings"]
+__all__ = ["LocalSettings", "LogSettings", "MemorySettings", "S3Settings", "Settings", "TierSettings"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,21 @@ class S3Settings(TierSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogSettings:
+    """Where log lines go besides the handlers that the application has."""
+
+    console: bool = False
+    path: str | None = None
+    """An absolute directory: each rank has a file in ``<path>/<namespace>``; None: no files."""
+    level: str = "INFO"
+    """``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``: the least that is told."""
+    max_bytes: int = 16 * 1024 * 1024
+    """A file that would grow beyond this is put aside."""
+    kept: int = 4
+    """How many of those stay."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One recipe, resolved."""
 
@@ -93,6 +108,8 @@ class Settings:
     """How long a launch waits for the trainers of another attempt to end."""
     stream_timeout_secs: float = 600.0
     """How long a trainer may itself stream to a durable tier when memory can't be used."""
+    log: LogSettings | None = None
+    """None: nothing of ours is added to `logging`."""
     source: str = "recipe"
     """Where it came from, for messages."""
     text: str = field(default="", repr=False)

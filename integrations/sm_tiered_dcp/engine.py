@@ -14,6 +14,7 @@ from sm_tiered.errors import ConfigError, TierFullError
 from sm_tiered.events import MemoryTight
 from sm_tiered.finish import Finisher
 from sm_tiered.group import Group
+from sm_tiered.logs import Undo, install
 from sm_tiered.policies.context import Need
 from sm_tiered.preemption import Preemption
 from sm_tiered.recipe import Recipe, load_recipe
@@ -50,6 +51,7 @@ class Engine:
     saver: Saver
     schedule: Schedule
     preemption: Preemption
+    undo_logs: Undo
     users: int = 0
     state_saver: Any = None
     """The `StateSaver` of this engine, once there is one."""
@@ -98,6 +100,7 @@ class Engine:
         self.preemption.remove()
         self.saver.close(patient=patient)
         self.store.close()
+        self.undo_logs()
         self.group.close()
 
 
@@ -148,9 +151,11 @@ def open_engine(recipe: RecipeLike) -> Engine:
     engine = _engines.get(_key(settings))
     if engine is None:
         group = open_group(settings.group_timeout_secs)
+        undo_logs = install(settings.log, namespace=settings.namespace, rank=group.rank)
         try:
-            engine = _open(settings, group)
+            engine = _open(settings, group, undo_logs)
         except BaseException:
+            undo_logs()
             group.close()
             raise
         _engines[_key(settings)] = engine
@@ -158,7 +163,7 @@ def open_engine(recipe: RecipeLike) -> Engine:
     return engine
 
 
-def _open(settings: Settings, group: Group) -> Engine:
+def _open(settings: Settings, group: Group, undo_logs: Undo) -> Engine:
     on_map = _pin if torch.cuda.is_available() else None
     finish = Finisher(module=finisher.__name__, make=finisher.compose_files)
     store = Store(settings, group, finisher=finish, on_map=on_map)
@@ -167,7 +172,7 @@ def _open(settings: Settings, group: Group) -> Engine:
     schedule = Schedule(settings, group, preemption, Requests(request_files(settings)))
     if Need.SIGNAL in schedule.needs:
         preemption.install()
-    return Engine(settings, group, store, saver, schedule, preemption)
+    return Engine(settings, group, store, saver, schedule, preemption, undo_logs)
 
 
 def _key(settings: Settings) -> tuple[int, str]:

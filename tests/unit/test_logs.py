@@ -22,7 +22,8 @@ from sm_tiered.event_log import Events
 from sm_tiered.events import CandidateRefused, DrainerStarted, NothingSaved, Restored, SaveAcknowledged, SaveFailed
 from sm_tiered.log_files import LogFile, log_path
 from sm_tiered.log_lines import LineFormatter
-from sm_tiered.logs import LogSettings, install, to_console, to_file
+from sm_tiered.logs import install, to_console, to_file
+from sm_tiered.settings import LogSettings
 
 ROOT = Path(__file__).parents[2]
 LINE = re.compile(
