@@ -57,8 +57,8 @@ class _Composable:
     def __rand__(self, other: KeepPolicy) -> AllOfKeep:
         return _joined(AllOfKeep, other, self)
 
-    def __invert__(self) -> KeepPolicy:
-        return self.policy if isinstance(self, NotKeep) else NotKeep(cast("KeepPolicy", self))
+    def __invert__(self) -> NotKeep:
+        return NotKeep(cast("KeepPolicy", self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,8 +46,8 @@ class Composable:
     def __rand__(self, other: SavePolicy) -> AllOf:
         return _joined(AllOf, other, self)
 
-    def __invert__(self) -> SavePolicy:
-        return self.policy if isinstance(self, Not) else Not(cast("SavePolicy", self))
+    def __invert__(self) -> Not:
+        return Not(cast("SavePolicy", self))
 
 
 @dataclass(frozen=True, slots=True)

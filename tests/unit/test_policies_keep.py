@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 from sm_tiered.errors import PolicyError
 from sm_tiered.policies import (
+    AllOfKeep,
     AnyOfKeep,
     Best,
     CommittedCheckpoint,
+    KeepAtSteps,
     KeepEveryNSteps,
     KeepPolicy,
     Latest,
     NewerThanSecs,
+    NotKeep,
     ask_keep,
     wanted_metrics,
 )
@@ -55,8 +58,13 @@ POLICIES = st.recursive(
         st.builds(KeepEveryNSteps, st.integers(1, 40)),
         st.builds(NewerThanSecs, st.floats(0.1, 100)),
         st.builds(Best, st.just("loss"), st.sampled_from(["min", "max"]), st.integers(1, 4)),
+        st.builds(KeepAtSteps, st.lists(st.integers(0, 60), min_size=1, max_size=3)),
     ),
-    lambda inner: st.lists(inner, min_size=1, max_size=3).map(AnyOfKeep),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map(AnyOfKeep),
+        st.lists(inner, min_size=1, max_size=3).map(AllOfKeep),
+        inner.map(NotKeep),
+    ),
     max_leaves=4,
 )
 CHECKPOINTS = st.lists(
@@ -126,6 +134,18 @@ def test_any_keeps_what_one_of_them_keeps_and_joins_flat() -> None:
     assert kept(policy, TEN) == [50, 100]
 
 
+def test_exactly_those_steps_are_kept() -> None:
+    assert kept(KeepAtSteps([50, 20, 999]), TEN) == [20, 50, 100]
+
+
+def test_all_keeps_what_every_one_keeps_and_not_the_others() -> None:
+    assert kept(KeepEveryNSteps(20) & Latest(5), TEN) == [60, 80, 100]
+    assert kept(~Latest(8), TEN) == [10, 20, 100], "and the newest, as ever"
+    assert kept(KeepEveryNSteps(20) & ~KeepAtSteps([40, 60]), TEN) == [20, 80, 100]
+    assert kept(~~Latest(3), TEN) == kept(Latest(3), TEN)
+    assert Latest(1) & Latest(2) & Latest(3) == AllOfKeep((Latest(1), Latest(2), Latest(3)))
+
+
 def test_a_users_policy_joins_on_either_side() -> None:
     own = Own([True, *[False] * 9])
     assert kept(own | Latest(1), TEN) == [10, 100]  # type: ignore[operator, arg-type]
@@ -145,6 +165,6 @@ def test_a_broken_policy_deletes_nothing(answer: object) -> None:
 
 
 def test_the_metrics_that_policies_want_are_known() -> None:
-    policy = Latest(1) | Best("a", "min") | Best("b", "max")
+    policy = Latest(1) | Best("a", "min") | ~(Latest(3) & Best("b", "max"))
     assert wanted_metrics(policy) == {"a", "b"}
     assert wanted_metrics(Latest(1)) == set()

@@ -17,12 +17,17 @@ from sm_tiered.policies import (
     EveryNSteps,
     EverySecs,
     Need,
+    Not,
     OnEnd,
+    OnException,
     OnPreemption,
+    OnRequest,
     SaveContext,
     SavePolicy,
+    WhenImproved,
     ask,
     check_metrics,
+    members_of,
     needs_of,
 )
 
@@ -58,6 +63,20 @@ def test_every_n_steps_of_1_saves_every_step_but_0() -> None:
     assert saved_steps(EveryNSteps(1), range(4)) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    [
+        (EveryNSteps(5, offset=2), [2, 7, 12, 17]),
+        (EveryNSteps(5, start=7), [10, 15]),
+        (EveryNSteps(5, stop=10), [5, 10]),
+        (EveryNSteps(4, offset=1, start=5, stop=13), [5, 9, 13]),
+        (EveryNSteps(1, start=18), [18, 19]),
+    ],
+)
+def test_an_offset_moves_the_multiples_and_start_and_stop_are_included(policy: EveryNSteps, steps: list[int]) -> None:
+    assert saved_steps(policy, range(20)) == steps
+
+
 def test_at_steps_saves_exactly_those_and_may_name_step_0() -> None:
     assert saved_steps(AtSteps([7, 0, 7, 2]), range(10)) == [0, 2, 7]
     assert AtSteps([7, 0, 7, 2]) == AtSteps((0, 2, 7))
@@ -88,6 +107,57 @@ def test_every_secs_never_saves_step_0() -> None:
 def test_the_end_and_a_preemption_save_whatever_the_step() -> None:
     assert [ask(OnEnd(), at(0)), ask(OnEnd(), at(0, ending=True))] == [False, True]
     assert [ask(OnPreemption(), at(0)), ask(OnPreemption(), at(0, preempted=True))] == [False, True]
+
+
+def test_an_exception_and_a_request_save_whatever_the_step() -> None:
+    assert [ask(OnException(), at(0)), ask(OnException(), at(0, failed=True))] == [False, True]
+    assert [ask(OnRequest(), at(0)), ask(OnRequest("/x"), at(0, requested=True))] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "due"),
+    [
+        ("min", 0.4, False),
+        ("min", 0.31, False),
+        ("min", 0.29, True),
+        ("max", 0.9, False),
+        ("max", 0.99, False),
+        ("max", 1.01, True),
+        ("min", float("nan"), False),
+        ("min", float("-inf"), False),
+    ],
+)
+def test_an_improvement_is_more_than_delta_beyond_the_best_that_was_saved(mode: str, value: float, due: bool) -> None:
+    seen = {"loss": (0.4, 0.9)}
+    assert ask(WhenImproved("loss", mode, 0.1), at(9, metrics={"loss": value}, saved_metrics=seen)) is due
+
+
+def test_the_first_value_is_an_improvement_and_none_at_all_is_not() -> None:
+    policy = WhenImproved("loss", "min")
+    assert ask(policy, at(9, metrics={"loss": 5.0})) is True
+    assert ask(policy, at(9, metrics={"acc": 5.0})) is False
+    assert ask(policy, at(0, metrics={"loss": 5.0})) is False
+    assert ask(policy, at(9, metrics={"loss": 5.0}, saved_metrics={"loss": (5.0, 5.0)})) is False, (
+        "as good is no better"
+    )
+
+
+@given(st.integers(1, 50), st.integers(1, 5000))
+def test_not_is_not_and_twice_not_is_as_before(n: int, step: int) -> None:
+    policy = EveryNSteps(n)
+    assert ask(~policy, at(step)) is not ask(policy, at(step))
+    assert ask(~~policy, at(step)) is ask(policy, at(step))
+    assert ask(~(policy | EverySecs(1)), at(step)) is ask(~policy & ~EverySecs(1), at(step))
+
+
+def test_not_names_no_step_so_it_never_saves_step_0() -> None:
+    assert ask(~EveryNSteps(5), at(0)) is False
+    assert needs_of(~(OnPreemption() | EverySecs(1))) == {CLOCK, SIGNAL}
+
+
+def test_the_single_policies_of_a_combination_are_found() -> None:
+    one, two, three = EveryNSteps(1), OnEnd(), OnRequest()
+    assert list(members_of((one & ~(two | three)) | one)) == [one, two, three, one]
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 5000))
@@ -127,6 +197,9 @@ def test_what_is_no_policy_can_not_be_joined() -> None:
         (OnEnd(), set()),
         (EverySecs(2), {CLOCK}),
         (OnPreemption(), {SIGNAL}),
+        (OnRequest(), {Need.REQUEST}),
+        (OnException(), set()),
+        (WhenImproved("loss", "min"), {METRICS}),
         (EveryNSteps(2) | EverySecs(2) | OnPreemption(), {CLOCK, SIGNAL}),
         (AllOf([EveryNSteps(2), EverySecs(2) | OnEnd()]), {CLOCK}),
         (AnyOf([EveryNSteps(2), Own()]), {METRICS}),  # type: ignore[list-item]
@@ -152,7 +225,7 @@ def test_an_answer_that_is_no_bool_is_an_error_not_a_skipped_save(answer: object
 
 def test_a_broken_policy_can_not_hide_behind_another_one() -> None:
     broken = Own(answer=None)
-    for joined in (AnyOf([EveryNSteps(1), broken]), AllOf([EveryNSteps(5), broken])):  # type: ignore[list-item]
+    for joined in (AnyOf([EveryNSteps(1), broken]), AllOf([EveryNSteps(5), broken]), Not(broken)):  # type: ignore[list-item, arg-type]
         with pytest.raises(PolicyError, match="Own"):
             ask(joined, at(3))
 
