@@ -9,7 +9,7 @@ import typer
 from sm_tiered.cli.common import reported
 from sm_tiered.cli.root import EXITS, JsonFlag, RecipePath, StepOption, TierOption, app
 
-__all__ = ["ls", "show", "verify"]
+__all__ = ["ls", "plan", "show", "verify"]
 
 
 @app.command(epilog=EXITS, short_help="List what each tier holds.")
@@ -59,3 +59,49 @@ def verify(
     from sm_tiered.cli import verify as command
 
     return command.run(recipe, step=step, read_data=read_data, tier=tier, seed=seed, as_json=as_json)
+
+
+@app.command(
+    epilog="Exit status: 0 all right, 2 usage or recipe.", short_help="Replay the policies, without a training."
+)
+@reported
+def plan(
+    recipe: RecipePath,
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps to train.", show_default=False)],
+    step_secs: Annotated[float, typer.Option(metavar="S", help="Seconds of one step.", show_default=False)],
+    state_bytes: Annotated[
+        str, typer.Option(metavar="SIZE", help="State of the whole job, e.g. 14GiB.", show_default=False)
+    ],
+    ranks: Annotated[int, typer.Option(metavar="W", help="Ranks of the job.")] = 1,
+    nodes: Annotated[int, typer.Option(metavar="N", help="Nodes of the job.")] = 1,
+    mtbf: Annotated[str, typer.Option(metavar="TIME", help="Mean time between deaths of processes.")] = "6h",
+    node_mtbf: Annotated[str, typer.Option(metavar="TIME", help="Mean time between losses of a node.")] = "7d",
+    blocked_secs: Annotated[
+        float | None, typer.Option(metavar="S", help="How long a save blocks, as measured.", show_default=False)
+    ] = None,
+    drain_gbps: Annotated[
+        float | None, typer.Option(metavar="G", help="Gbit/s of one node to a durable tier.", show_default=False)
+    ] = None,
+    steps_per_epoch: Annotated[
+        int | None, typer.Option(metavar="N", help="For every_n_epochs.", show_default=False)
+    ] = None,
+    price: Annotated[float, typer.Option(metavar="USD", help="Of a GiB on S3 for a month.")] = 0.023,
+    as_json: JsonFlag = False,
+) -> int:
+    """Replay the policies over so many steps: what is saved where, what that costs, what a failure would lose."""
+    from sm_tiered.cli import plan as command
+
+    asked = command.Asked(
+        steps=steps,
+        step_secs=step_secs,
+        state_bytes=state_bytes,
+        ranks=ranks,
+        nodes=nodes,
+        mtbf=mtbf,
+        node_mtbf=node_mtbf,
+        blocked_secs=blocked_secs,
+        drain_gbps=drain_gbps,
+        steps_per_epoch=steps_per_epoch,
+        price=price,
+    )
+    return command.run(recipe, asked, as_json=as_json)

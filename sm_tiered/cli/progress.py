@@ -1,9 +1,10 @@
-"""How far ``sm-tiered verify`` is, on standard error."""
+"""How far long work is, on standard error."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from sm_tiered.cli.output import clean, rate, size
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["Timed", "Watch"]
+__all__ = ["Steps", "Timed", "Watch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,44 @@ class Watch:
         if self._bar is not None:
             self.end()
             self._bar.stop()
+
+
+class Steps:
+    """Tells on a terminal how many steps of many are done; elsewhere nothing, for they take seconds."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self._total = total
+        self._bar = None if quiet or not sys.stderr.isatty() else _steps_bar()
+        self._task: TaskID | None = None
+
+    def tell(self, step: int) -> None:
+        """Say how many are done."""
+        if self._bar is None:
+            return
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("steps", total=self._total)
+        self._bar.update(self._task, completed=step)
+
+    def __enter__(self) -> Steps:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _steps_bar() -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Bar(*columns, console=Console(stderr=True), transient=True)
 
 
 def _bar() -> Bar:
