@@ -23,13 +23,13 @@ class Pulse:
 
     def beat(self, step: int, events: Events) -> None:
         """Say that the training has come to *step*."""
-        self._step, now = step, time.monotonic()
+        self._step, self._ended, now = step, False, time.monotonic()
         if self._rank == 0 and (self._told_at is None or now - self._told_at >= _EVERY_SECS):
             self._told_at = now
             events.emit(Progress(step=step))
 
     def end(self, how: str, events: Events) -> None:
-        """Say that the training let go, see `TrainingEnded`; the first word counts."""
+        """Say that the training let go, see `TrainingEnded`; until it goes on the first word counts."""
         if not self._ended:
             self._ended = True
             events.emit(TrainingEnded(step=self._step, how=how))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sm_tiered import schedule as module
 from sm_tiered.policies import SaveContext, SavePolicy, ask
+from sm_tiered.preemption import Preemption
 from sm_tiered.recipe import Recipe
 from sm_tiered.schedule import Due, Schedule
 from tests.properties.thread_ranks import ThreadGroup, ThreadHub
@@ -115,6 +116,26 @@ def recorded() -> Iterator[list[tuple[SavePolicy, SaveContext, bool]]]:
 
     with patch.object(module, "ask", noting):
         yield asked
+
+
+def test_the_slowest_rank_tells_what_a_save_costs() -> None:
+    tiers = {"near": {"kind": "local", "path": "/a", "save": {"max_overhead": 0.1}}}
+    found = Recipe.parse({"version": 1, "namespace": "run", "tiers": tiers}).settings()
+    hub, costs, saved = ThreadHub(WORLD), (0.1, 0.1, 2.0), list[int]()
+    plans = [Schedule(found, ThreadGroup(hub, rank), Preemption(), started_at=0.0) for rank in range(WORLD)]
+    with patch.object(module, "time", Clocks()) as clocks, ThreadPoolExecutor(WORLD) as pool:
+
+        def decide(rank: int, step: int) -> None:
+            clocks.use(rank)
+            if plans[rank].due(step, metrics={}).tiers:
+                plans[rank].note_saved(step, ["near"], blocked_secs=costs[rank])
+                saved.extend([step] if rank == 0 else [])
+
+        for step in range(1, 62):
+            clocks.now += 1.0
+            list(pool.map(decide, range(WORLD), [step] * WORLD))
+    # What a save cost the others is known a step later: at step 2 rank 0 still goes by its own 0.1 s.
+    assert saved == [1, 2, 22, 42], "20 s of training pay for the 2 s of rank 2"
 
 
 @settings(max_examples=150, deadline=None)
