@@ -20,6 +20,7 @@ from sm_tiered.layout import check_namespace
 from sm_tiered.policies import AnyOf, EveryNSteps, OnRequest, SavePolicy, members_of
 from sm_tiered.recipe_fields import shown
 from sm_tiered.recipe_fill import fill
+from sm_tiered.recipe_log import LogSection
 from sm_tiered.recipe_messages import translated
 from sm_tiered.recipe_models import LocalTier, MemoryTier, Tier
 from sm_tiered.recipe_overrides import overridden
@@ -61,6 +62,7 @@ class Recipe(Section):
     group_timeout_secs: Secs = 600.0
     in_use_wait_secs: Secs = 30.0
     stream_timeout_secs: Secs = 600.0
+    log: LogSection | None = None
 
     _document: Document = PrivateAttr(default_factory=lambda: Document(source="recipe", value={}))
 
@@ -176,6 +178,7 @@ class Recipe(Section):
             group_timeout_secs=self.group_timeout_secs,
             in_use_wait_secs=self.in_use_wait_secs,
             stream_timeout_secs=self.stream_timeout_secs,
+            log=self.log.settings() if self.log else None,
             source=self._document.source,
             text=json.dumps(self.values(), separators=(",", ":")),
         )

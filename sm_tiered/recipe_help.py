@@ -53,6 +53,15 @@ _RECIPE: dict[str, Mapping[str, object]] = {
     "group_timeout_secs": _secs("How long one collective may take."),
     "in_use_wait_secs": _secs("How long a launch waits for the trainers of another attempt to end."),
     "stream_timeout_secs": _secs("How long a trainer may itself stream to a durable tier when memory can't be used."),
+    "log": _text("Where log lines go besides the handlers that the application has."),
+}
+
+_LOG: dict[str, Mapping[str, object]] = {
+    "LogSection.console": _text("Whether they go to standard error."),
+    "LogSection.path": _text(f"A directory: each rank has a file of its own there. {_DIRECTORY}", minLength=1),
+    "LogSection.level": _text("What is less important than that is left out."),
+    "LogSection.max_size": _text("A file that has grown so far is put aside, e.g. 16MiB.", pattern=_SIZE),
+    "LogSection.kept": _text("How many old files of each rank stay.", minimum=1, maximum=1000),
 }
 
 _TIERS: dict[str, Mapping[str, object]] = {
@@ -146,6 +155,7 @@ _PARTS_OF_POLICIES: dict[str, Mapping[str, object]] = {
 
 HELP: Mapping[str, Mapping[str, object]] = {
     **{f"Recipe.{key}": help for key, help in _RECIPE.items()},
+    **_LOG,
     **_TIERS,
     **{f"SaveSpec.{key}": help for key, help in _SAVE_POLICIES.items()},
     **{f"KeepSpec.{key}": help for key, help in _KEEP_POLICIES.items()},

@@ -28,7 +28,7 @@ _Schema = dict[str, object]
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _POLICIES = {"SaveSpec": SaveSpec, "KeepSpec": KeepSpec}
 _TIERS = ("MemoryTier", "LocalTier", "S3Tier")
-_SECTIONS = ("Recipe", *_TIERS, "Encryption", "Retry")
+_SECTIONS = ("Recipe", *_TIERS, "Encryption", "Retry", "LogSection")
 """What a recipe that extends another one can change in part; policies it replaces."""
 _CHANGE = "Change"
 _TIER_NAME = {"pattern": "^[a-z][a-z0-9_]{0,31}$"}
@@ -90,7 +90,7 @@ def _value(help_: Mapping[str, object], field: _Schema) -> _Schema:
         described["default"] = default
     rules = {key: rule for key, rule in help_.items() if key != "description"}
     branches = [_ruled(branch, rules) for branch in _branches(field)]
-    if not all("$ref" in branch or branch in (_NULL, {"type": "string"}, {"type": "object"}) for branch in branches):
+    if any("$ref" not in branch and branch.get("type") not in ("array", "null") for branch in branches):
         branches.append(_ref("Reference"))
     # One `$ref` beside a description is what editors read best.
     return {**described, **(branches[0] if len(branches) == 1 else {"anyOf": branches})}
