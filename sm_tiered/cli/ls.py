@@ -85,7 +85,7 @@ def _tier(
     if tier.views:
         rows = table("", "step", "attempt", "age", "size", "ranks", "state", right=("step", "age", "size", "ranks"))
         for view in tier.views:
-            taken = view.checkpoint == seen.next and view.problem is None
+            taken = view.checkpoint == seen.next and view.restorable
             rows.add_row(
                 text(marker() if taken else "", "bold green"),
                 text(view.checkpoint.step, "bold" if taken else ""),
@@ -128,8 +128,10 @@ def _state(view: View, *, left_behind: bool) -> RenderableType:
 
     right = "committed" if view.by_manifest else "complete"
     line = text(right, "green") if view.problem is None else text(view.problem, "yellow")
-    facts = {"left behind": left_behind, "pinned": view.pinned, metrics_text(view.metrics): bool(view.metrics)}
-    return Text.assemble(line, *(text(f" · {fact}", "dim") for fact, known in facts.items() if known))
+    facts = ["whole: a restore commits it"] if view.late else []
+    facts += [word for word, known in (("left behind", left_behind), ("pinned", view.pinned)) if known]
+    facts += [metrics_text(view.metrics)] if view.metrics else []
+    return Text.assemble(line, *(text(f" · {fact}", "dim") for fact in facts))
 
 
 def _verdict(seen: Survey) -> RenderableType:
@@ -146,7 +148,7 @@ def _verdict(seen: Survey) -> RenderableType:
 
 def _complete(tier: TierView, seen: Survey) -> bool:
     view = tier.view(seen.next) if seen.next is not None and tier.error is None else None
-    return view is not None and view.problem is None
+    return view is not None and view.restorable
 
 
 # ---- for programs
@@ -178,7 +180,7 @@ def _entry(view: View, seen: Survey, left_behind: Collection[CheckpointId], now:
         "attempt": str(view.checkpoint.attempt),
         "complete": view.problem is None,
         "problem": view.problem,
-        "next": view.problem is None and view.checkpoint == seen.next,
+        "next": view.restorable and view.checkpoint == seen.next,
         "saved_at": view.saved_at,
         "age_secs": None if view.saved_at is None else round(now - view.saved_at, 3),
         "bytes": view.bytes,

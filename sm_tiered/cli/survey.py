@@ -10,13 +10,12 @@ from sm_tiered.cli.common import is_durable, open_for_looking, parallel, threads
 from sm_tiered.cli.views import View, checked_view, make_view, make_views, read_holding
 from sm_tiered.errors import CorruptPartError, FormatError, KeyNotFoundError, TieredError, TierError
 from sm_tiered.manifest import MAX_BYTES, attempt_record_from_json
+from sm_tiered.pins import pinned
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
 from sm_tiered.settings import S3Settings, Settings, TierSettings
 from sm_tiered.tiers.base import Tier
 
 __all__ = ["Survey", "TierView", "View", "newest_first", "read_holding", "survey", "untold", "with_view"]
-
-_PINS = "pins"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +34,7 @@ class TierView:
     """Attempts whose record there can't be read."""
     seen: frozenset[Attempt] = frozenset()
     """Every attempt that has a record or a checkpoint there."""
-    pins: frozenset[str] = frozenset()
-    """Directories of checkpoints that are pinned."""
+    pins: frozenset[CheckpointId] = frozenset()
     error: TieredError | None = None
     """Why it did not answer."""
 
@@ -118,7 +116,7 @@ class _Names:
     checkpoints: tuple[CheckpointId, ...]
     """Newest first."""
     attempts: tuple[Attempt, ...]
-    pins: frozenset[str]
+    pins: frozenset[CheckpointId]
     files: Mapping[CheckpointId, Mapping[str, int]] | None = None
     """Their sizes; None: not listed."""
 
@@ -147,7 +145,7 @@ def _look(settings: TierSettings, namespace: str, *, newest: int | None, step: i
 def _every_name(tier: Tier) -> _Names:
     files: dict[CheckpointId, dict[str, int]] = {}
     attempts: list[Attempt] = []
-    pins: set[str] = set()
+    pins: set[CheckpointId] = set()
     known: dict[str, CheckpointId | None] = {}
     for entry in tier.list(""):
         head, _, name = entry.key.partition("/")
@@ -158,8 +156,8 @@ def _every_name(tier: Tier) -> _Names:
             files.setdefault(checkpoint, {})[name] = entry.size
         elif head == layout.ATTEMPTS and (attempt := layout.parse_attempt_key(entry.key)) is not None:
             attempts.append(attempt)
-        elif head == _PINS:
-            pins.add(name.removesuffix(".json"))
+        elif head == layout.PINS and (pin := layout.parse_pin_key(entry.key)) is not None:
+            pins.add(pin)
     order = tuple(sorted(files, reverse=True))
     return _Names(checkpoints=order, attempts=tuple(attempts), pins=frozenset(pins), files=files)
 
@@ -168,12 +166,8 @@ def _directories(tier: Tier) -> _Names:
     names = tier.list_dirs("")
     checkpoints = sorted((c for c in map(layout.parse_checkpoint_dir, names) if c is not None), reverse=True)
     attempts = inventory.list_attempts(tier) if layout.ATTEMPTS in names else []
-    pins = [entry.key for entry in tier.list(f"{_PINS}/")] if _PINS in names else []
-    return _Names(
-        checkpoints=tuple(checkpoints),
-        attempts=tuple(attempts),
-        pins=frozenset(key.removeprefix(f"{_PINS}/").removesuffix(".json") for key in pins),
-    )
+    pins = pinned(tier) if layout.PINS in names else frozenset[CheckpointId]()
+    return _Names(checkpoints=tuple(checkpoints), attempts=tuple(attempts), pins=pins)
 
 
 def _views(tier: Tier, settings: TierSettings, names: _Names, *, newest: int | None, step: int | None) -> list[View]:
@@ -213,8 +207,8 @@ def _attempt_records(
     return records, frozenset(damaged)
 
 
-def _with_pin(view: View, pins: frozenset[str]) -> View:
-    return replace(view, pinned=True) if layout.checkpoint_dir(view.checkpoint) in pins else view
+def _with_pin(view: View, pins: frozenset[CheckpointId]) -> View:
+    return replace(view, pinned=True) if view.checkpoint in pins else view
 
 
 # ---- what is next
@@ -230,7 +224,7 @@ def _with_next(seen: Survey) -> Survey:
         if untold(seen, checkpoint.attempt == newest):
             return seen
         held = [tier.view(checkpoint) for tier in seen.tiers if tier.error is None]
-        if any(view is not None and view.problem is None for view in held):
+        if any(view is not None and view.restorable for view in held):
             return replace(seen, next=checkpoint)
     return seen
 
@@ -258,7 +252,7 @@ def _with_view(shown: TierView, checkpoint: CheckpointId) -> TierView:
             if made is None:
                 return shown
             view = _with_pin(made, shown.pins)
-        if view.problem is None and is_durable(settings):
+        if is_durable(settings):
             view = checked_view(tier, settings, view)
     except TierError as error:
         return replace(shown, error=error)

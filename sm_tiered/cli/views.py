@@ -13,7 +13,10 @@ from sm_tiered.records import CheckpointId, Manifest
 from sm_tiered.settings import S3Settings, TierSettings
 from sm_tiered.tiers.base import Tier
 
-__all__ = ["View", "checked_view", "make_view", "make_views", "read_holding"]
+__all__ = ["NOT_COMMITTED", "View", "checked_view", "make_view", "make_views", "read_holding"]
+
+
+NOT_COMMITTED = "not committed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,13 @@ class View:
     pinned: bool = False
     by_manifest: bool = False
     """Whether the manifest alone was read, and nobody looked whether the files that it names are there."""
+    late: bool = False
+    """Whether all records are there and only the manifest is missing: a restore commits such a one, and takes it."""
+
+    @property
+    def restorable(self) -> bool:
+        """Whether a restore could take it from here, as far as names, manifest and records tell."""
+        return self.problem is None or self.late
 
 
 def make_views(
@@ -74,6 +84,8 @@ def make_view(
 
 def checked_view(tier: Tier, settings: TierSettings, view: View) -> View:
     """Return *view*, of a durable tier, checked against the records, and against the files where nobody did."""
+    if view.problem is not None:
+        return replace(view, late=_is_late(tier, view.checkpoint)) if view.problem == NOT_COMMITTED else view
     holding = read_holding(tier, settings, view.checkpoint)
     if not view.by_manifest or holding.manifest is None:
         return replace(view, problem=holding.problem)
@@ -81,6 +93,14 @@ def checked_view(tier: Tier, settings: TierSettings, view: View) -> View:
     problem = holding.problem or _missing(holding.manifest, files)
     ranks = _records(files)
     return replace(view, problem=problem, bytes=sum(files.values()), files=len(files), ranks=ranks, by_manifest=False)
+
+
+def _is_late(tier: Tier, checkpoint: CheckpointId) -> bool:
+    records = inventory.read_records(tier, checkpoint)
+    try:
+        return bool(records) and inventory.records_problem(checkpoint, records, None) is None
+    except FormatError:
+        return False
 
 
 def _files(tier: Tier, checkpoint: CheckpointId) -> dict[str, int]:
@@ -135,7 +155,7 @@ def _committed(tier: Tier, checkpoint: CheckpointId, files: Mapping[str, int]) -
     if not files:
         return None
     if layout.MANIFEST not in files:
-        return replace(view, problem="not committed")
+        return replace(view, problem=NOT_COMMITTED)
     try:
         manifest = inventory.read_manifest(tier, checkpoint)
     except FormatError as error:
@@ -175,7 +195,7 @@ def read_holding(tier: Tier, settings: TierSettings, checkpoint: CheckpointId) -
     except FormatError as error:
         return inventory.Holding(checkpoint=checkpoint, records={}, manifest=None, problem=error.message)
     if manifest is None or manifest.tombstone:
-        problem = "not committed" if manifest is None else "being deleted"
+        problem = NOT_COMMITTED if manifest is None else "being deleted"
         records = inventory.read_records(tier, checkpoint) if manifest is None else {}
         return inventory.Holding(checkpoint=checkpoint, records=records, manifest=manifest, problem=problem)
     found: dict[int, bytes] = {}

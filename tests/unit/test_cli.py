@@ -69,7 +69,7 @@ def places(tmp_path: Path) -> tuple[Path, Path, Path]:
         write_attempt(tier, 2, checkpoint(20, 1), chosen=True)
     for step, ordinal in ((20, 1), (40, 1), (40, 2)):
         write_checkpoint(slow, checkpoint(step, ordinal), durable=True, metrics={"val_loss": step / 8})
-    write_checkpoint(slow, checkpoint(60, 2), durable=True, commit=False)
+    write_checkpoint(slow, checkpoint(60, 2), durable=True, commit=False, skip_ranks=frozenset({1}))
     for step in (50, 55):
         write_checkpoint(fast, checkpoint(step, 2), durable=False)
     write_checkpoint(fast, checkpoint(60, 2), durable=False, skip_ranks=frozenset({1}))

@@ -107,10 +107,12 @@ def test_what_a_restore_takes_is_told_and_shown_however_old_it_is(tmp_path: Path
     write_attempt(tier, 1)
     write_attempt(tier, 2, checkpoint(3), chosen=True)
     for step in range(60):
-        write_checkpoint(tier, checkpoint(step), durable=True, world=1, size=64, commit=step < 3 or step > 5)
+        cut = step in (3, 4, 5)
+        missing = frozenset({1}) if cut else frozenset[int]()
+        write_checkpoint(tier, checkpoint(step), durable=True, size=64, commit=not cut, skip_ranks=missing)
     recipe = write_recipe(tmp_path, local=tmp_path / "local")
     listing = json.loads(run("ls", recipe, "--json").stdout)
-    assert listing["next"]["step"] == 2  # the user went back to step 3, which has lost its manifest
+    assert listing["next"]["step"] == 2  # the user went back to step 3, of which a record is missing
     entries = listing["tiers"][0]["checkpoints"]
     assert [entry["step"] for entry in entries] == [*range(59, 9, -1), 3, 2]
     assert [entry["step"] for entry in entries if entry["next"]] == [2]
@@ -118,6 +120,17 @@ def test_what_a_restore_takes_is_told_and_shown_however_old_it_is(tmp_path: Path
     assert listing["tiers"][0]["more"] == 8
     shown = json.loads(run("show", recipe, "--json").stdout)["checkpoints"]
     assert [entry["step"] for entry in shown] == [2]
+
+
+def test_what_only_lacks_its_manifest_is_what_a_restore_commits_and_takes(tmp_path: Path) -> None:
+    tier = local_tier(tmp_path / "local")
+    write_checkpoint(tier, checkpoint(20), durable=True)
+    write_checkpoint(tier, checkpoint(40), durable=True, commit=False)
+    recipe = write_recipe(tmp_path, local=tmp_path / "local")
+    listing = json.loads(run("ls", recipe, "--json").stdout)
+    newest = listing["tiers"][0]["checkpoints"][0]
+    assert (listing["next"]["step"], newest["complete"], newest["next"]) == (40, False, True)
+    assert "not committed · whole: a restore commits it" in " ".join(run("ls", recipe).stdout.split())
 
 
 def test_behind_a_damaged_attempt_record_nothing_is_a_candidate(tmp_path: Path) -> None:
