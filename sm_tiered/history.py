@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from statistics import median
 
 from sm_tiered.errors import FormatError
@@ -14,9 +15,10 @@ from sm_tiered.manifest import record_from_json
 from sm_tiered.records import AttemptRecord, CheckpointId
 from sm_tiered.tiers.base import Tier
 
-__all__ = ["Extremes", "History", "TypicalCost", "count_failures", "metrics_of"]
+__all__ = ["Extremes", "History", "TypicalCost", "count_failures", "extremes_of"]
 
 _COSTS_KEPT = 8
+_CHECKPOINTS_ASKED = 200
 
 
 @dataclass(slots=True)
@@ -81,8 +83,20 @@ def count_failures(attempts: Iterable[AttemptRecord], *, memory: str | None, dur
     return found if memory is None else {memory: len(restarts), **found}
 
 
-def metrics_of(tier: Tier, checkpoint: CheckpointId, *, durable: bool) -> Mapping[str, float]:
-    """Return the metrics that *checkpoint* was saved with, as *tier* tells; none where it is not whole there."""
+def extremes_of(tier: Tier, checkpoints: Iterable[CheckpointId], *, durable: bool) -> Extremes:
+    """Return the lowest and the highest metrics of *checkpoints*, best candidate first, of which so many are asked for.
+
+    Raises:
+        TierError: *tier* did not answer.
+    """
+    found = Extremes()
+    for checkpoint in islice(checkpoints, _CHECKPOINTS_ASKED):
+        found.take(_metrics_of(tier, checkpoint, durable=durable))
+    return found
+
+
+def _metrics_of(tier: Tier, checkpoint: CheckpointId, *, durable: bool) -> Mapping[str, float]:
+    """None where it is not whole there."""
     try:
         if durable:
             manifest = read_manifest(tier, checkpoint)

@@ -35,7 +35,7 @@ from sm_tiered.finish import Finisher
 from sm_tiered.generations import Generations
 from sm_tiered.group import Group, SoloGroup
 from sm_tiered.handout import remove_leftovers
-from sm_tiered.history import Extremes, History, count_failures, metrics_of
+from sm_tiered.history import Extremes, History, count_failures, extremes_of
 from sm_tiered.inventory import read_holding
 from sm_tiered.launch import agree_on_launch, read_probe, wait_for_others
 from sm_tiered.line import Line
@@ -54,9 +54,6 @@ from sm_tiered.tiers.memory import MemoryTier
 from sm_tiered.voted_load import Loader
 
 __all__ = ["Store"]
-
-_METRICS_READ = 200
-"""So many checkpoints back is looked for the best metrics."""
 
 OnMap = Callable[[memoryview], Callable[[], None]]
 
@@ -223,18 +220,16 @@ class Store:
         )
 
     def _extremes(self, seen: Survey) -> dict[str, Extremes]:
-        memory, restored = self.tiers.memory, self.restored
-        near = {memory.name: memory} if memory is not None else {}
-        order = seen.candidates
+        order, restored = seen.candidates, self.restored
         if restored is not None and restored.checkpoint in order:
             order = order[order.index(restored.checkpoint) :]
+        memory = self.tiers.memory
+        near: dict[str, Tier] = {memory.name: memory} if memory is not None else {}
         found: dict[str, Extremes] = {}
         for name, tier in {**near, **self.tiers.durable}.items():
-            extremes = found.setdefault(name, Extremes())
             try:
-                for checkpoint in order[:_METRICS_READ]:
-                    if name in seen.found[checkpoint]:
-                        extremes.take(metrics_of(tier, checkpoint, durable=name not in near))
+                held = [checkpoint for checkpoint in order if name in seen.found[checkpoint]]
+                found[name] = extremes_of(tier, held, durable=name not in near)
             except TierError as error:
                 self.events.emit(TierUnreachable(tier=name, error=error))
         return found
