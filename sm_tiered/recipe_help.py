@@ -32,7 +32,12 @@ def _policies(description: str) -> dict[str, object]:
 
 
 _STEP = {"minimum": 0, "maximum": MAX_STEP - 1}
-_SIZE = r"^\s*[0-9]{1,15}(\.[0-9]{1,6})? ?(B|KiB|MiB|GiB|TiB)\s*$"
+_SIZE = r"^\s*(?!0+(\.0+)? ?[A-Z])[0-9]{1,15}(\.[0-9]{1,6})? ?(B|KiB|MiB|GiB|TiB)\s*$"
+_PATH = r"^(?!.*://)[^\x00-\x1f\x7f]*[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$"
+_URI = (
+    r"^s3://(?![0-9]+(\.[0-9]+){3}(/|$))(?![^/]*(\.\.|\.-|-\.))[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+    r"(/(?!\.{1,2}(/|$))[A-Za-z0-9!_.*'()=+@,:~-]+)*/?$"
+)
 _MODE = {"enum": ["min", "max"]}
 _SAVE = (
     "When to save to this tier: one policy, or several under any, all and not. Without it only when a save names it."
@@ -58,7 +63,7 @@ _RECIPE: dict[str, Mapping[str, object]] = {
 
 _LOG: dict[str, Mapping[str, object]] = {
     "LogSection.console": _text("Whether they go to standard error."),
-    "LogSection.path": _text(f"A directory: each rank has a file of its own there. {_DIRECTORY}", minLength=1),
+    "LogSection.path": _text(f"A directory: each rank has a file of its own there. {_DIRECTORY}", pattern=_PATH),
     "LogSection.level": _text("What is less important than that is left out."),
     "LogSection.max_size": _text("A file that has grown so far is put aside, e.g. 16MiB.", pattern=_SIZE),
     "LogSection.kept": _text("How many old files of each rank stay.", minimum=1, maximum=1000),
@@ -67,7 +72,7 @@ _LOG: dict[str, Mapping[str, object]] = {
 _TIERS: dict[str, Mapping[str, object]] = {
     "MemoryTier.kind": _text("This node's RAM, as a directory on tmpfs."),
     "MemoryTier.path": _text(
-        f"A directory on tmpfs, /dev/shm/sm_tiered-<uid> where none is given. {_DIRECTORY}", minLength=1
+        f"A directory on tmpfs, /dev/shm/sm_tiered-<uid> where none is given. {_DIRECTORY}", pattern=_PATH
     ),
     "MemoryTier.budget": _text(
         "Room that the memory tier may take on this node, e.g. 16GiB; else what tmpfs and the cgroup allow.",
@@ -77,12 +82,12 @@ _TIERS: dict[str, Mapping[str, object]] = {
     "MemoryTier.keep": _text("What to keep: {latest: n}, for memory recycles a fixed number of checkpoints."),
     "MemoryTier.allow_disk": _text("Whether a path that is not on tmpfs is taken too."),
     "LocalTier.kind": _text("A directory that all ranks share: FSx for Lustre, NFS, or one node's disk on one node."),
-    "LocalTier.path": _text(f"The directory. {_DIRECTORY}", minLength=1),
+    "LocalTier.path": _text(f"The directory. {_DIRECTORY}", pattern=_PATH),
     "LocalTier.save": _text(_SAVE),
     "LocalTier.keep": _text("What to keep: one policy, or several under any, all and not."),
     "LocalTier.fsync": _text("Whether a commit waits until the disk has it."),
     "S3Tier.kind": _text("A prefix of an S3 bucket, or of one in a store that is compatible."),
-    "S3Tier.uri": _text("s3://bucket/prefix.", pattern="^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/|$)"),
+    "S3Tier.uri": _text("s3://bucket/prefix.", pattern=_URI),
     "S3Tier.save": _text(_SAVE),
     "S3Tier.keep": _text("What to keep: one policy, or several under any, all and not."),
     "S3Tier.endpoint_url": _text(
@@ -90,7 +95,7 @@ _TIERS: dict[str, Mapping[str, object]] = {
     ),
     "S3Tier.allow_http": _text("Whether endpoint_url may be plain http to another machine."),
     "S3Tier.region": _text("E.g. us-east-1; AWS's own configuration where none is given.", pattern="^[a-z0-9-]{1,63}$"),
-    "S3Tier.profile": _text("The name of a profile in ~/.aws/config.", minLength=1, maxLength=128),
+    "S3Tier.profile": _text("The name of a profile in ~/.aws/config.", pattern=r"^[^\x00-\x1f\x7f]{1,128}$"),
     "S3Tier.force_path_style": _text("Whether the bucket stands in the path and not in the name of the host."),
     "S3Tier.sse": _text("Server-side encryption with a key of one's own."),
     "S3Tier.part_size": _text("Of one part of an upload, 5MiB to 5GiB.", pattern=_SIZE),
@@ -145,7 +150,9 @@ _PARTS_OF_POLICIES: dict[str, Mapping[str, object]] = {
     "ImprovedSpec.metric": _text(_METRIC, minLength=1),
     "ImprovedSpec.mode": _text("Which is better.", **_MODE),
     "ImprovedSpec.min_delta": _text("By how much, in the metric's own unit.", minimum=0),
-    "RequestSpec.file": _text(f"Looked for at each step, and removed when its save begins. {_DIRECTORY}", minLength=1),
+    "RequestSpec.file": _text(
+        f"Looked for at each step, and removed when its save begins. {_DIRECTORY}", pattern=_PATH
+    ),
     "OptimalSpec.mtbf_secs": _secs("Mean time between failures of the whole job: 1/n of one node's on n nodes."),
     "OptimalSpec.observe": _text("Whether failures of this namespace correct mtbf_secs."),
     "BestSpec.metric": _text(_METRIC, minLength=1),

@@ -54,6 +54,7 @@ def recipe_schema() -> _Schema:
     for name, definition in definitions.items():
         definitions[name] = _described(name, definition)
     _described_tiers(definitions["Recipe"])
+    _only_latest(definitions)
     for name in _SECTIONS:
         definitions[f"{name}{_CHANGE}"] = _change(definitions[name])
     definitions["Tier"], definitions[f"Tier{_CHANGE}"] = _tier(definitions), _tier_change()
@@ -139,6 +140,15 @@ def _described_tiers(recipe: _Schema) -> None:
     recipe["properties"] = {EXTENDS: _EXTENDS, **properties}
 
 
+def _only_latest(definitions: Mapping[str, _Schema]) -> None:
+    """Memory keeps by number alone."""
+    keep = cast("dict[str, _Schema]", definitions["MemoryTier"]["properties"])["keep"]
+    latest = cast("dict[str, _Schema]", definitions["KeepSpec"]["properties"])["latest"]
+    del keep["$ref"]
+    one = {"latest": _not_null(latest)}
+    keep.update({"type": "object", "properties": one, "required": ["latest"], "additionalProperties": False})
+
+
 def _change(section: _Schema) -> _Schema:
     """Return what a recipe may say to change part of *section*: any of its keys, each also null."""
     properties = cast("dict[str, _Schema]", deepcopy(section["properties"]))
@@ -148,7 +158,7 @@ def _change(section: _Schema) -> _Schema:
 
 def _changed(field: _Schema) -> _Schema:
     described = {key: field.pop(key) for key in ("description", "default") if key in field}
-    if "additionalProperties" in field:  # `tiers`
+    if "propertyNames" in field:  # `tiers`
         tier = {"anyOf": [_ref(f"Tier{_CHANGE}"), _NULL]}
         field = {"type": "object", "propertyNames": _TIER_NAME, "additionalProperties": tier}
     branches = cast("list[_Schema]", field.get("anyOf", [field]))

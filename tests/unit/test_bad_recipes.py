@@ -29,10 +29,12 @@ class Row(NamedTuple):
     call: Callable[[], object]
     error: type[Exception]
     words: tuple[str, ...]
+    text: str = ""
+    """The recipe, where the row is one."""
 
 
 def parse(row: str, text: str, *words: str) -> Row:
-    return Row(row, lambda: Recipe.parse(text, source="run.yaml"), RecipeError, ("run.yaml", *words))
+    return Row(row, lambda: Recipe.parse(text, source="run.yaml"), RecipeError, ("run.yaml", *words), text)
 
 
 def top(row: str, line: str, *words: str) -> Row:
