@@ -86,7 +86,6 @@ class LogFile(RotatingFileHandler):
         try:
             super().doRollover()
         except OSError as error:
-            self.stream = self.stream or self._open()
             self._tell("can't be put aside", error)
 
     def handleError(self, record: logging.LogRecord) -> None:

@@ -249,9 +249,13 @@ def test_each_rank_and_the_drainer_have_a_file_that_is_theirs_alone(tmp_path: Pa
 def test_a_file_is_opened_once_and_appended_to_by_the_next_launch(tmp_path: Path) -> None:
     for _ in range(2):
         undos = [to_file(tmp_path, namespace="run", rank=0) for _ in range(2)]
+        [handler] = [handler for handler in OURS.handlers if isinstance(handler, LogFile)]
         OURS.info("once")
+        file: Any = handler.stream
         for undo in undos:
+            assert not file.closed
             undo()
+        assert file.closed
         OURS.info("never")
     assert len(parsed(log_path(tmp_path, namespace="run", rank=0).read_text())) == 2
 
