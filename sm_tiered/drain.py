@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from sm_tiered import checksum, layout
 from sm_tiered.commit import Compose, Outcome, put_once, try_commit
 from sm_tiered.crashpoints import crashpoint
+from sm_tiered.drain_progress import DrainProgress
 from sm_tiered.errors import (
     CorruptPartError,
     DeadlineExceededError,
@@ -89,6 +90,7 @@ class Drain:
         self._memory, self._queue, self._target = memory, queue, target
         self._compose, self._events, self._clock = compose, events, clock
         self._promotions: dict[tuple[CheckpointId, str], _Promotion] = {}
+        self._progress = DrainProgress(memory)
 
     def turn(self) -> float | None:
         """Do what can be done now. Return the seconds until there may be more to do, or None when nothing is queued."""
@@ -206,14 +208,16 @@ class Drain:
             return 0
         parts = [part for part in record.parts if not part.replica]
         self._send_file_list(entry, tier)
+        sent = 0
         for part in parts:
             crashpoint("promote.before_part")
-            self._send_part(entry, part, tier)
+            self._send_part(entry, part, tier, sent)
+            sent += part.size
             crashpoint("promote.after_part")
         if not put_once(tier, key, data):
             raise KeyExistsError(f"another record of rank {entry.rank} stands there", tier=entry.tier, key=key)
         crashpoint("promote.after_record")
-        return sum(part.size for part in parts)
+        return sent
 
     def _send_file_list(self, entry: Entry, tier: Tier) -> None:
         """Before the files that it tells of: should this never be committed, retention knows them by it."""
@@ -221,7 +225,8 @@ class Drain:
         with suppress(KeyNotFoundError):
             tier.put(key, self._memory.get(key, max_bytes=MAX_BYTES).data)
 
-    def _send_part(self, entry: Entry, part: Part, tier: Tier) -> None:
+    def _send_part(self, entry: Entry, part: Part, tier: Tier, before: int) -> None:
+        """*before*: bytes of the rank's parts that are there already."""
         key = layout.in_dir(entry.checkpoint, part.name)
         with self._memory.open_part(key) as source:
             if source.size != part.size:
@@ -229,6 +234,7 @@ class Drain:
 
             def read() -> Iterator[memoryview]:
                 for start in range(0, part.size, checksum.CHUNK_BYTES):
+                    self._progress.tell(entry, before + start)
                     yield memoryview(source.pread(start, min(checksum.CHUNK_BYTES, part.size - start)))
 
             def chunks() -> Iterator[memoryview]:

@@ -44,16 +44,16 @@ def open_tier(settings: TierSettings, namespace: str, *, on_retry: Callable[[Ret
     raise ConfigError(f"tier {settings.name!r}: no tier is made from {type(settings).__name__}")
 
 
-def abort_stale_uploads(tier: Tier, older_than_secs: float) -> int:
+def abort_stale_uploads(tier: Tier, older_than_secs: float, *, count_only: bool = False) -> int:
     """Abort this namespace's unfinished uploads that are older, where *tier* or what it wraps knows such.
 
-    Returns how many.
+    Returns how many; *count_only*: aborts none.
 
     Raises:
         TierError: the tier could not be asked.
     """
-    abort: Callable[[float], int] | None = getattr(tier, "abort_stale_uploads", None)
+    abort: Callable[..., int] | None = getattr(tier, "abort_stale_uploads", None)
     if abort is not None:
-        return abort(older_than_secs)
+        return abort(older_than_secs, count_only=count_only)
     inner: Tier | None = getattr(tier, "inner", None)
-    return 0 if inner is None else abort_stale_uploads(inner, older_than_secs)
+    return 0 if inner is None else abort_stale_uploads(inner, older_than_secs, count_only=count_only)

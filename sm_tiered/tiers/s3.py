@@ -203,19 +203,21 @@ class S3Tier:
             message = f"{self._connection.where('')}: the store refuses If-Match with the right ETag"
             raise TierRefusedError(message, hint="Use a store with conditional writes.", tier=self.name) from error
 
-    def abort_stale_uploads(self, older_than_secs: float) -> int:
+    def abort_stale_uploads(self, older_than_secs: float, *, count_only: bool = False) -> int:
         """Abort this namespace's unfinished multipart uploads that began longer ago by S3's clock; return how many.
 
         An upload that is still running fails then and is begun again: leave it more time than a part takes.
+        *count_only*: abort none.
         """
-        aborted = 0
+        found = 0
         for page in self._pages("list_multipart_uploads", ""):
             now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
             for upload in page.get("Uploads", ()):
                 if (now - upload["Initiated"]).total_seconds() >= older_than_secs:
-                    self._abort(upload["Key"], upload["UploadId"])
-                    aborted += 1
-        return aborted
+                    found += 1
+                    if not count_only:
+                        self._abort(upload["Key"], upload["UploadId"])
+        return found
 
     def _abort(self, whole: str, upload: str) -> None:
         self._connection.call(
