@@ -9,7 +9,7 @@ import typer
 from sm_tiered.cli.common import reported
 from sm_tiered.cli.root import EXITS, JsonFlag, RecipePath, StepOption, TierOption, app
 
-__all__ = ["ls", "plan", "show", "verify"]
+__all__ = ["diff", "ls", "plan", "show", "verify", "why"]
 
 
 @app.command(epilog=EXITS, short_help="List what each tier holds.")
@@ -105,3 +105,47 @@ def plan(
         price=price,
     )
     return command.run(recipe, asked, as_json=as_json)
+
+
+@app.command(epilog=EXITS, short_help="Tell what a restore would take, and why.")
+@reported
+def why(
+    recipe: RecipePath,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", help="A restore of that step.", show_default=False)
+    ] = None,
+    read_data: Annotated[
+        str | None,
+        typer.Option("--read-data", metavar="PERCENT", help="Verify that share of the bytes too.", show_default=False),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """Tell which checkpoint a restore would take now, from which tiers, and why each newer one is passed over."""
+    from sm_tiered.cli import why as command
+
+    return command.run(recipe, step=step, read_data=read_data, as_json=as_json)
+
+
+@app.command(epilog=EXITS, short_help="Compare two checkpoints, tensor by tensor.")
+@reported
+def diff(
+    recipe: RecipePath,
+    one: Annotated[str, typer.Argument(metavar="A", help="STEP, TIER:STEP or TIER:STEP@ATTEMPT.", show_default=False)],
+    other: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="GLOB", help="Only tensors whose names match; repeatable.", show_default=False),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All that differs, not the first 20.")] = False,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 when they differ.")] = False,
+    as_json: JsonFlag = False,
+) -> int:
+    """Say which tensors of two checkpoints differ and by how much, and warn of optimizer state that was saved stale.
+
+    A checkpoint is a step, on the nearest tier that has it complete; TIER:STEP takes that tier's, and @ATTEMPT, an
+    ordinal as `ls` shows it, that attempt's. It may have been saved by another number of ranks. What is read is
+    verified; what has equal digests is not read. Without --exit-code the exit status is 0 also when they differ.
+    """
+    from sm_tiered.cli import diff as command
+
+    return command.run(recipe, one, other, only=only or (), every=every, exit_code=exit_code, as_json=as_json)
