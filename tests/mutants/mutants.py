@@ -354,5 +354,47 @@ MUTANTS = (
         new="    return 2 * math.sqrt(2 * cost_secs * mtbf_secs)",
         tests=("tests/unit/test_optimum.py::test_no_fixed_interval_is_better_by_more_than_2_percent",),
     ),
+    Mutant(
+        name="what all ranks know is counted by each of them",
+        path="sm_tiered/metrics_table.py",
+        old='"rank 0": rank == 0,',
+        new='"rank 0": rank is not None,',
+        tests=("tests/unit/test_metrics.py",),
+    ),
+    Mutant(
+        name="a meter provider that fails is asked again with every event",
+        path="sm_tiered/metrics.py",
+        old="if type(event) not in FED or self._given_up:",
+        new="if type(event) not in FED:",
+        tests=("tests/unit/test_metrics.py::test_a_provider_that_fails_is_given_up_once_and_said",),
+    ),
+    Mutant(
+        name="the lag of a durable save is not told",
+        path="sm_tiered/ledger.py",
+        old="max(0, self._saved_step - handle.step)",
+        new="0",
+        tests=("tests/unit/test_durable_saves_are_told.py",),
+    ),
+    Mutant(
+        name="a log line names the line that logs instead of the one that tells",
+        path="sm_tiered/event_log.py",
+        old=", stacklevel=2",
+        new="",
+        tests=("tests/unit/test_logs.py",),
+    ),
+    Mutant(
+        name="a traceback in the log may forge a line",
+        path="sm_tiered/log_lines.py",
+        old="{_INDENT}{printable(below)}",
+        new="{below}",
+        tests=("tests/unit/test_logs.py",),
+    ),
+    Mutant(
+        name="a log file follows a link",
+        path="sm_tiered/log_files.py",
+        old="| os.O_NOFOLLOW | os.O_NONBLOCK",
+        new="| os.O_NONBLOCK",
+        tests=("tests/unit/test_logs.py",),
+    ),
 )
 """All of them."""
