@@ -359,7 +359,7 @@ MUTANTS = (
         path="sm_tiered/metrics_table.py",
         old='"rank 0": rank == 0,',
         new='"rank 0": rank is not None,',
-        tests=("tests/unit/test_metrics.py",),
+        tests=("tests/unit/test_metrics.py::test_ranks_measure_what_is_theirs_and_rank_0_what_all_know",),
     ),
     Mutant(
         name="a meter provider that fails is asked again with every event",
