@@ -155,7 +155,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         unit="{step}",
         by="rank 0",
         tiers=True,
-        meaning="The step of the newest save that is complete on a tier, as rank 0 knows",
+        meaning="The step of the newest save that is complete on a tier (`memory`, or a durable one), as rank 0 knows",
         sources=(
             Source(event=SaveAcknowledged, value="step", tier=_MEMORY),
             Source(event=SaveDurable, value="step"),
@@ -277,9 +277,9 @@ def _is_theirs(by: By, rank: int | None) -> bool:
 
 
 def markdown() -> str:
-    """Return the table for the README."""
-    lines = ["| metric | kind | unit | recorded by | attributes | means |", "|---|---|---|---|---|---|"]
+    """Return the table for the README; of the attributes, those besides the namespace, without their prefix."""
+    lines = ["| metric | kind | unit | recorded by | for each | means |", "|---|---|---|---|---|---|"]
     for row in INSTRUMENTS:
-        attributes = ", ".join(f"`{name}`" for name in row.attributes)
-        lines.append(f"| `{row.name}` | {row.kind} | `{row.unit}` | {row.by} | {attributes} | {row.meaning} |")
+        series = ", ".join(name.rpartition(".")[2] for name in row.attributes[1:])
+        lines.append(f"| `{row.name}` | {row.kind} | `{row.unit}` | {row.by} | {series} | {row.meaning} |")
     return "\n".join(lines) + "\n"
