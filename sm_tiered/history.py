@@ -6,13 +6,15 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from statistics import median
 
-from sm_tiered.errors import FormatError
+from sm_tiered.errors import FormatError, TierError
+from sm_tiered.event_log import Events
+from sm_tiered.events import TierUnreachable
 from sm_tiered.inventory import read_manifest, read_records
 from sm_tiered.manifest import record_from_json
 from sm_tiered.records import AttemptRecord, CheckpointId
+from sm_tiered.resolve import Survey, Tiers
 from sm_tiered.tiers.base import Tier
 
 __all__ = ["Extremes", "History", "TypicalCost", "count_failures", "extremes_of"]
@@ -83,15 +85,24 @@ def count_failures(attempts: Iterable[AttemptRecord], *, memory: str | None, dur
     return found if memory is None else {memory: len(restarts), **found}
 
 
-def extremes_of(tier: Tier, checkpoints: Iterable[CheckpointId], *, durable: bool) -> Extremes:
-    """Return the lowest and the highest metrics of *checkpoints*, best candidate first, of which so many are asked for.
+def extremes_of(tiers: Tiers, seen: Survey, restored: CheckpointId | None, *, events: Events) -> dict[str, Extremes]:
+    """Return by tier the lowest and the highest metrics of the newest checkpoints that training goes on from.
 
-    Raises:
-        TierError: *tier* did not answer.
+    A tier that does not answer is left out, and that is told.
     """
-    found = Extremes()
-    for checkpoint in islice(checkpoints, _CHECKPOINTS_ASKED):
-        found.take(_metrics_of(tier, checkpoint, durable=durable))
+    order = seen.candidates
+    if restored in order:
+        order = order[order.index(restored) :]
+    near = {tiers.memory.name: tiers.memory} if tiers.memory is not None else {}
+    found: dict[str, Extremes] = {}
+    for name, tier in {**near, **tiers.durable}.items():
+        extremes = Extremes()
+        try:
+            for checkpoint in [held for held in order if name in seen.found[held]][:_CHECKPOINTS_ASKED]:
+                extremes.take(_metrics_of(tier, checkpoint, durable=name not in near))
+            found[name] = extremes
+        except TierError as error:
+            events.emit(TierUnreachable(tier=name, error=error))
     return found
 
 

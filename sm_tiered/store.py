@@ -29,13 +29,12 @@ from sm_tiered.events import (
     NothingSaved,
     Pruned,
     RestoreStarted,
-    TierUnreachable,
 )
 from sm_tiered.finish import Finisher
 from sm_tiered.generations import Generations
 from sm_tiered.group import Group, SoloGroup
 from sm_tiered.handout import remove_leftovers
-from sm_tiered.history import Extremes, History, count_failures, extremes_of
+from sm_tiered.history import History, count_failures, extremes_of
 from sm_tiered.inventory import read_holding
 from sm_tiered.launch import agree_on_launch, read_probe, wait_for_others
 from sm_tiered.line import Line
@@ -208,31 +207,17 @@ class Store:
 
         Reading these asks for a small file of each checkpoint, by this rank alone. Not collective.
         """
-        seen, record = self._seen, self.line.record
-        if seen is None:
+        if self._seen is None:
             return History()
-        attempts = {**seen.attempts, **({record.attempt: record} if record is not None else {})}
+        record = self.line.record
+        attempts = {**self._seen.attempts, **({record.attempt: record} if record is not None else {})}
         memory = self.tiers.memory.name if self.tiers.memory is not None else None
+        restored = self.restored.checkpoint if self.restored is not None else None
         return History(
-            began_at=float(min((attempt.utc_secs for attempt in seen.seen), default=0)) or None,
+            began_at=float(min((attempt.utc_secs for attempt in self._seen.seen), default=0)) or None,
             failures=count_failures(attempts.values(), memory=memory, durable=self.tiers.durable),
-            extremes=self._extremes(seen) if metrics else {},
+            extremes=extremes_of(self.tiers, self._seen, restored, events=self.events) if metrics else {},
         )
-
-    def _extremes(self, seen: Survey) -> dict[str, Extremes]:
-        order, restored = seen.candidates, self.restored
-        if restored is not None and restored.checkpoint in order:
-            order = order[order.index(restored.checkpoint) :]
-        memory = self.tiers.memory
-        near: dict[str, Tier] = {memory.name: memory} if memory is not None else {}
-        found: dict[str, Extremes] = {}
-        for name, tier in {**near, **self.tiers.durable}.items():
-            try:
-                held = [checkpoint for checkpoint in order if name in seen.found[checkpoint]]
-                found[name] = extremes_of(tier, held, durable=name not in near)
-            except TierError as error:
-                self.events.emit(TierUnreachable(tier=name, error=error))
-        return found
 
     def check_room(self, sizes: Sequence[int]) -> None:
         """See that all generations of parts of *sizes* bytes fit on this node, if every rank here needs as much.
