@@ -9,7 +9,7 @@ import typer
 from sm_tiered.cli.common import reported
 from sm_tiered.cli.root import EXITS, JsonFlag, RecipePath, StepOption, TierOption, app
 
-__all__ = ["diff", "ls", "plan", "show", "verify", "why"]
+__all__ = ["diff", "doctor", "ls", "plan", "show", "verify", "why"]
 
 
 @app.command(epilog=EXITS, short_help="List what each tier holds.")
@@ -149,3 +149,18 @@ def diff(
     from sm_tiered.cli import diff as command
 
     return command.run(recipe, one, other, only=only or (), every=every, exit_code=exit_code, as_json=as_json)
+
+
+@app.command(epilog="Exit status: 0 all right, 1 something fails, 2 usage.", short_help="Examine machine and tiers.")
+@reported
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe, whose tiers are tried.", show_default=False)] = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """Try what a job will need here, tmpfs, limits, each permission on S3, and say what to change.
+
+    On durable tiers it writes small probes below the namespace, and takes them away again.
+    """
+    from sm_tiered.cli import doctor as command
+
+    return command.run(recipe, as_json=as_json)
