@@ -178,11 +178,13 @@ class Chart {
   /** How long it took, where there is room. */
   barText(bar, from, to, top, high) {
     const { context } = this, left = Math.max(from, this.left), room = Math.min(to, this.right) - left;
-    if (bar.kind === "open" || room < 46 || high < 15) return;
+    if (bar.kind === "open" || high < 15) return;
     const on = this.data.saves[bar.save][6].find((one) => one[0] === bar.tier);
+    const words = span(on[3] - on[2]);
+    if (room < 24 || context.measureText(words).width > room - 10) return;
     context.fillStyle = "#fff";
     context.textAlign = "left"; context.textBaseline = "middle";
-    context.fillText(clipped(context, span(on[3] - on[2]), room - 12), left + 6, top + high / 2 + 0.5);
+    context.fillText(words, left + 5, top + high / 2 + 0.5);
   }
 
   /** A save that did not come to the tier is a sign and no bar. */
@@ -292,11 +294,11 @@ class Chart {
       context.fillStyle = colours.faint;
       context.fillText(`≤ ${span(lane.tallest)}`, this.left - 12, lane.y + lane.height / 2 + 14);
     }
-    if (this.narrow) title("work at risk", this.riskY, 0);
+    if (this.narrow) title("work at risk", this.riskY - 8, 0);
     context.fillStyle = colours.dim;
     context.textAlign = "right";
     for (let value = 0; value <= this.riskTop * 1.001; value += this.riskGrain) {
-      const text = this.narrow ? span(value).replace(" min", "m") : span(value);
+      const text = this.narrow ? span(value).replace("\u00a0min", "m") : span(value);
       const y = this.riskAt(value);
       if (!value || y > this.riskY - 4) context.fillText(value ? text : "0", this.left - (this.narrow ? 4 : 12), y);
     }

@@ -38,7 +38,7 @@ function trainingLane(data, at, bySteps) {
     add(lost, last, "lost");
     if (!bySteps) add(last, leg.ended, "closing");
   });
-  return { name: "training", title: bySteps ? "training, leg by leg" : "training", kind: "training", bars, rows: bySteps ? data.legs.length : 1 };
+  return { name: "training", title: bySteps ? "training by leg" : "training", kind: "training", bars, rows: bySteps ? data.legs.length : 1 };
 }
 
 function blockedLane(data, at) {

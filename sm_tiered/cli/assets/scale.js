@@ -2,10 +2,12 @@
 
 const SPANS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
 
-/** A duration in at most two units. */
-function span(secs) {
+/** A duration in at most two units, which no line break parts. */
+const span = (secs) => duration(secs).replaceAll(" ", "\u00a0");
+
+function duration(secs) {
   if (secs === null || secs === undefined) return "?";
-  if (secs < 0) return "−" + span(-secs);
+  if (secs < 0) return "−" + duration(-secs);
   if (secs < 0.0995) return `${(secs * 1000).toFixed(secs < 0.00995 ? 1 : 0)} ms`;
   if (secs < 9.995) return `${secs.toFixed(2)} s`;
   if (secs < 59.95) return `${secs.toFixed(1)} s`;
