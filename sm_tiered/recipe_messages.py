@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from sm_tiered.errors import RecipeError, TieredError
 from sm_tiered.recipe_fields import closest, shown
-from sm_tiered.recipe_yaml import Document, Path, Place
+from sm_tiered.recipe_yaml import ABSENT, Document, Path, Place
 
 __all__ = ["translated"]
 
@@ -56,6 +56,9 @@ def _told(error: ErrorDetails, document: Document) -> tuple[Path, str, str | Non
         return (*path, context["key"]), context["text"], context["hint"] or None
     if isinstance(inner, TieredError):
         return path, inner.message, inner.hint
+    if path[:1] == ("tiers",) and len(path) == 2 and value == ABSENT:
+        message, hint = f"there is no tier {shown(path[1])} to remove", _near_tiers(path, document)
+        return path, message, hint or None
     if kind == "missing":
         hint = _MISSING.get(str(path[-1]))
         return (
@@ -84,12 +87,15 @@ def _no_kind(path: Path, document: Document) -> tuple[str, str]:
     choice = f"one of {', '.join(_KINDS)}."
     if document.layers == 1:
         return "kind is missing", choice.capitalize()
+    message = f"there is no tier {shown(path[-1])} to change, and kind is missing for a new one"
+    return message, f"{_near_tiers(path, document)} Kind is {choice}".strip()
+
+
+def _near_tiers(path: Path, document: Document) -> str:
     others = [name for name in cast("Mapping[str, object]", document.value["tiers"]) if name != path[-1]]
     guess = closest(path[-1], others)
     start = f"Did you mean '{guess}'? " if guess else ""
-    has = f"The recipe has {', '.join(others)}; " if others else ""
-    message = f"there is no tier {shown(path[-1])} to change, and kind is missing for a new one"
-    return message, f"{start}{has}kind is {choice}"
+    return f"{start}The recipe has {', '.join(others)}." if others else ""
 
 
 def _path(loc: tuple[int | str, ...]) -> Path:

@@ -15,7 +15,7 @@ from typing import cast
 from sm_tiered.errors import RecipeError
 from sm_tiered.recipe_fields import shown
 from sm_tiered.recipe_fill import fill
-from sm_tiered.recipe_yaml import MAX_BYTES, Document, Path, Place, parse_yaml
+from sm_tiered.recipe_yaml import ABSENT, MAX_BYTES, Document, Path, Place, parse_yaml
 
 __all__ = ["EXTENDS", "layered", "read_recipe", "with_bases"]
 
@@ -162,7 +162,8 @@ class _Merger:
                 self._taken.add(here)
                 if over[key] is not None:
                     found[key] = over[key]
-        new = {key: value for key, value in over.items() if key not in base}
+        # A null may repeat a default, but not hide a key that is misspelt.
+        new = {key: ABSENT if value is None else value for key, value in over.items() if key not in base}
         self._taken.update((*path, key) for key in new)
         first = {key: value for key, value in new.items() if path == ("tiers",) and _kind(value) == "memory"}
         return {**first, **found, **new}

@@ -17,6 +17,7 @@ from sm_tiered.errors import RecipeError
 from sm_tiered.recipe_fields import shown
 
 __all__ = [
+    "ABSENT",
     "MAX_BYTES",
     "MAX_DEPTH",
     "MAX_VALUES",
@@ -51,6 +52,10 @@ class FromEnvironment(str):
     """Text in which a ``${NAME}`` was filled in: where a number is wanted it may be one."""
 
     __slots__ = ()
+
+
+ABSENT = FromEnvironment("")
+"""As good as no value, where one is optional."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

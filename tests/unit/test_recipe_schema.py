@@ -22,8 +22,8 @@ from tests.unit.test_bad_recipes import EDITS, KEYS, SEED_TEXT, TABLE, TIER_KEYS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(RECIPES.glob("*.yaml"))
-SCHEMA = recipe_schema()
-VALIDATOR = Draft202012Validator(SCHEMA)
+SCHEMA: Any = recipe_schema()
+VALIDATOR: Any = Draft202012Validator(SCHEMA)
 
 ONLY_CODE_CAN_TELL = {
     *("24 too long", "26 port", "27 plain http", "27 private network", "27 loopback look-alike", "29 region"),
@@ -164,25 +164,23 @@ def test_every_key_is_described_and_no_description_is_left_over() -> None:
 
 
 def test_every_time_has_its_unit_and_every_default_is_the_recipes() -> None:
-    fields = SCHEMA["$defs"]["Recipe"]["properties"]  # type: ignore[index]
+    fields = SCHEMA["$defs"]["Recipe"]["properties"]
     for key, field in fields.items():
         if key.endswith("_secs"):
             assert "In seconds" in field["description"]
-    values = Recipe.parse(with_tier("kind: s3, uri: 's3://bucket'")).values()
-    tier = SCHEMA["$defs"]["S3Tier"]["properties"]  # type: ignore[index]
+    values: Any = Recipe.parse(with_tier("kind: s3, uri: 's3://bucket'")).values()
+    tier = SCHEMA["$defs"]["S3Tier"]["properties"]
     assert {key: field["default"] for key, field in fields.items() if "default" in field} == {
         key: value for key, value in values.items() if key not in ("version", "namespace", "tiers")
     }
     assert {key: field["default"] for key, field in tier.items() if "default" in field} == {
-        key: value
-        for key, value in values["tiers"]["t"].items()  # type: ignore[index]
-        if key not in ("kind", "uri")
+        key: value for key, value in values["tiers"]["t"].items() if key not in ("kind", "uri")
     }
 
 
 @pytest.mark.parametrize("policy", [SaveSpec, KeepSpec])
 def test_policies_are_all_there(policy: type[SaveSpec | KeepSpec]) -> None:
-    ways = SCHEMA["$defs"][policy.__name__]["anyOf"]  # type: ignore[index]
+    ways = SCHEMA["$defs"][policy.__name__]["anyOf"]
     one = next(way for way in ways if way.get("type") == "object")
     assert set(one["properties"]) == set(policy.known())
     alone = [way["enum"] for way in ways if "enum" in way]
