@@ -99,7 +99,7 @@ def _base(chain: list[Document], environment: Mapping[str, str]) -> Document:
     if os.path.realpath(path) in map(os.path.realpath, files):
         message = f"goes round in a circle: {' → '.join([*files, path])}"
         raise child.error(message, path=(EXTENDS,), hint="The last recipe of a chain extends none.")
-    if len(chain) > _MAX_CHAIN:
+    if len(chain) >= _MAX_CHAIN:
         message = f"more than {_MAX_CHAIN} recipes, one extending the other"
         raise child.error(message, path=(EXTENDS,), hint="Put together what belongs together.")
     try:
