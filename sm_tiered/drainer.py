@@ -37,7 +37,7 @@ from sm_tiered.tiers import abort_stale_uploads, open_tier
 from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.memory import MemoryTier
 
-__all__ = ["DRAINER_LOCK", "QUEUE_LOCK", "ensure_drainer", "main"]
+__all__ = ["DRAINER_LOCK", "QUEUE_LOCK", "STALE_UPLOAD_SECS", "ensure_drainer", "main"]
 
 DRAINER_LOCK = "drainer"
 QUEUE_LOCK = "queue"
@@ -45,7 +45,7 @@ _IDLE_SECS = float(os.environ.get("SM_TIERED_DRAINER_IDLE_SECS", "10"))
 """How long it lingers with nothing to do: starting again costs a second of CPU."""
 _LAST_WORDS_SECS = 10.0
 """How long it tries, before it ends, to bring what was told last to a tier."""
-_STALE_UPLOAD_SECS = 86400.0
+STALE_UPLOAD_SECS = 86400.0
 """Unfinished uploads that are older belong to nobody: a client that was killed leaves them, and they cost money."""
 _NICE = 19
 """The lowest: at 10, on two cores, a training loop lost a third of its speed to the drain beside it."""
@@ -135,7 +135,7 @@ class _Targets:
         gone = retention.apply(tier, namespace, chosen)
         if tier.name not in self._swept:
             self._swept.add(tier.name)
-            abort_stale_uploads(tier, max(_STALE_UPLOAD_SECS, in_flight_secs))
+            abort_stale_uploads(tier, max(STALE_UPLOAD_SECS, in_flight_secs))
         self._publisher.publish(tier)
         return gone
 

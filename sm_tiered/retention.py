@@ -56,6 +56,8 @@ class Plan:
     kept: Mapping[CheckpointId, frozenset[Kept]] = field(default_factory=dict[CheckpointId, frozenset[Kept]])
     """All that stays, and why."""
     committed: frozenset[CheckpointId] = frozenset()
+    unfinished: frozenset[CheckpointId] = frozenset()
+    """Deletions that were cut short."""
     attempt: Attempt | None = None
     """The one that asks: once there is a newer one, `apply` deletes nothing more. None: it does not look."""
     waits: bool = False
@@ -126,6 +128,7 @@ def plan(
         revive=back,
         kept={c: _reasons(tier, c, found) for c in listed if c not in delete and c not in found.tombs},
         committed=frozenset(committed),
+        unfinished=frozenset(unfinished) - back.keys(),
         attempt=attempt,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +11,24 @@ from pathlib import Path
 from sm_tiered import lineage
 from sm_tiered.cli.common import is_durable, open_for_looking
 from sm_tiered.cli.output import clean
-from sm_tiered.errors import CheckpointNotFoundError, ConfigError, TieredError, TierError
+from sm_tiered.errors import CheckpointNotFoundError, ConfigError, CorruptPartError, TieredError, TierError
 from sm_tiered.inventory import Holding, list_checkpoints, read_attempts, read_holding
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
 from sm_tiered.settings import MemorySettings, Settings, TierSettings
 from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.memory import MemoryTier
 
-__all__ = ["Held", "Opened", "check_attempt", "is_of", "open_memory", "opened"]
+__all__ = [
+    "Held",
+    "Opened",
+    "check_attempt",
+    "errors_json",
+    "is_damaged",
+    "is_of",
+    "open_memory",
+    "opened",
+    "ranks_text",
+]
 
 _ATTEMPT = re.compile(r"a\d{1,6}(-[0-9a-f]{8})?|a\d{6}-\d{1,12}-[0-9a-f]{8}", re.ASCII)
 _SHOWN_STEPS = 10
@@ -75,10 +85,13 @@ class Opened:
         *needs* None: any tier.
 
         Raises:
-            CheckpointNotFoundError: there is none; the hint says which steps there are, or what is wrong.
+            CheckpointNotFoundError: there is none; the hint says which steps there are, or what is missing.
+            CorruptPartError: what there is of it is damaged.
+            TierError: none is found, and a tier did not answer.
         """
         wanted = set(self.listed if needs is None else needs) & set(self.listed)
         problems: list[str] = []
+        damaged = False
         for checkpoint in self.in_order():
             if checkpoint.step != step or not is_of(checkpoint.attempt, attempt):
                 continue
@@ -86,7 +99,8 @@ class Opened:
             if any(held.complete_on(name) for name in wanted):
                 return held
             problems += [f"{name}: {found.problem or 'complete'}" for name, found in held.holdings.items()]
-        raise self._absent(step, attempt, problems)
+            damaged |= any(map(is_damaged, held.holdings.values()))
+        raise self._absent(step, attempt, problems, damaged=damaged)
 
     def _holdings(self, checkpoint: CheckpointId) -> dict[str, Holding]:
         found: dict[str, Holding] = {}
@@ -100,12 +114,14 @@ class Opened:
                 self.errors[name] = error
         return found
 
-    def _absent(self, step: int, attempt: str | None, problems: list[str]) -> CheckpointNotFoundError:
+    def _absent(self, step: int, attempt: str | None, problems: list[str], *, damaged: bool) -> TieredError:
         which = f"step {step}" + (f" of {attempt}" if attempt else "")
         if problems:
-            return CheckpointNotFoundError(f"{which} is not complete where it is needed: {'; '.join(problems)}")
-        silent = [f"{name} did not answer" for name in self.errors]
-        shown = [f"{name}: {_steps(listed)}" for name, listed in self.listed.items()] + silent
+            kind = CorruptPartError if damaged else CheckpointNotFoundError
+            return kind(f"{which} is not complete where it is needed: {'; '.join(problems)}")
+        for error in self.errors.values():
+            return error  # it may be there: nobody can tell
+        shown = [f"{name}: {_steps(listed)}" for name, listed in self.listed.items()]
         return CheckpointNotFoundError(f"{which} is on no tier", hint=f"There is: {'; '.join(shown)}.")
 
 
@@ -149,10 +165,30 @@ def check_attempt(value: str | None) -> str | None:
     return value
 
 
+def is_damaged(held: Holding) -> bool:
+    """Return whether it counts as a checkpoint and something is wrong with it."""
+    committed = held.manifest is not None and not held.manifest.tombstone
+    return held.damaged or (committed and held.problem is not None)
+
+
 def is_of(attempt: Attempt, name: str | None) -> bool:
     """Return whether *name* means *attempt*; None means any."""
     short = f"a{attempt.ordinal}"
     return name is None or name in (short, f"{short}-{attempt.nonce}", str(attempt))
+
+
+def errors_json(errors: Mapping[str, TieredError]) -> dict[str, object]:
+    """Return *errors*, by tier, for programs."""
+    return {
+        name: {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+        for name, error in errors.items()
+    }
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Return *ranks*, ascending, for people."""
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 
 def _steps(listed: list[CheckpointId]) -> str:

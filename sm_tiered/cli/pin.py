@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sm_tiered import pins
 from sm_tiered.cli.common import EXIT_FAILED, EXIT_OK, check_step, chosen_tiers, is_durable, open_recipe
-from sm_tiered.cli.holdings import Opened, check_attempt, is_of, opened
+from sm_tiered.cli.holdings import Opened, check_attempt, errors_json, is_of, opened
 from sm_tiered.cli.ls import attempt_names
 from sm_tiered.cli.output import age, clean, note_error, print_json, render, table, text
 from sm_tiered.errors import CheckpointNotFoundError, ConfigError, TieredError
@@ -210,8 +210,5 @@ def _document(
             }
             for row in rows
         ],
-        "errors": {
-            name: {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-            for name, error in errors.items()
-        },
+        "errors": errors_json(errors),
     }
