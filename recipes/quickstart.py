@@ -173,7 +173,7 @@ def check(legs: list[Leg]) -> None:
     _, after_kill, after_loss = legs
     for row, tier, every in ((after_kill, "memory", MEMORY_EVERY), (after_loss, "disk", DISK_EVERY)):
         whole = (
-            row.restored is not None and row.restored % every == 0 and row.lost is not None and 0 < row.lost <= every
+            row.restored is not None and row.restored % every == 0 and row.lost is not None and 0 <= row.lost <= every
         )
         if row.tier != tier or not whole:
             raise QuickstartError(f"{row.event}: restored step {row.restored} from {row.tier or 'nowhere'}")

@@ -11,52 +11,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from byte_lm import SMALL, ByteLM, Corpus, Size
+from byte_lm import SMALL, Corpus, Size
 from fingerprint import fingerprint
+from fsdp2_lm import make_model, train_step
 from journal import Journal
 from sm_tiered_dcp import RngState, TieredCheckpointer, TrainState
 
-SEED = 1729
 HERE = Path(__file__).parent
-
-
-def make_model(size: Size) -> ByteLM:
-    """Make the model and shard it over all ranks."""
-    # The same seed everywhere: FSDP2 keeps a shard of what each rank made, it does not send rank 0's weights around.
-    torch.manual_seed(SEED)
-    model = ByteLM(size)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    # From here on another one on each rank, so that dropout differs.
-    torch.manual_seed(SEED + 1 + dist.get_rank())
-    return model
-
-
-def train_step(model: ByteLM, optimizer: AdamW, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Learn from one batch on each rank; return the mean loss, the same on all."""
-    text, following = batch
-    loss = F.cross_entropy(model(text).flatten(0, 1), following.flatten())
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    mean = loss.detach() / dist.get_world_size()
-    dist.all_reduce(mean)
-    return mean.item()
 
 
 def train(size: Size, steps: int, journal: Journal) -> None:
     """Train to *steps*, from wherever an earlier launch got to."""
     rank, corpus = dist.get_rank(), Corpus()
-    model = make_model(size)
+    model = make_model(size, torch.device("cpu"))
     optimizer = AdamW(model.parameters(), lr=1e-3)
     scheduler = CosineAnnealingLR(optimizer, T_max=steps)
 

@@ -1,0 +1,19 @@
+"""What the recipes that save to S3 share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+
+@pytest.fixture
+def bucket(s3_client: S3Client, s3_endpoint: str) -> dict[str, str]:
+    """The environment that brings a recipe to a new, empty bucket, as a person with another endpoint would set it."""
+    name = f"recipes-{uuid4().hex[:12]}"
+    s3_client.create_bucket(Bucket=name)
+    return {"CHECKPOINTS": f"s3://{name}/runs", "AWS_ENDPOINT_URL": s3_endpoint, "AWS_REGION": "us-east-1"}
