@@ -59,14 +59,14 @@ class Batch:
 def untied(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Return *tensors* without names that only repeat another's bytes, and those names, each with the one that is kept.
 
-    Which one is kept: the first in the order given. Tensors without elements are never tied.
+    What is kept is the name that was saved; where that is not among *tensors*, the first.
     """
+    names = {tensor.name: name for name, tensor in tensors.items()}
     kept: dict[str, StoredTensor] = {}
-    seen: dict[object, str] = {}
     ties: dict[str, str] = {}
     for name, tensor in tensors.items():
-        same = (tensor.dtype, tensor.shape, tensor.chunks)
-        first = seen.setdefault(same, name) if tensor.chunks else name
+        saved_as = tensor.alias_of or tensor.name
+        first = names.setdefault(saved_as, name)
         if first == name:
             kept[name] = tensor
         else:

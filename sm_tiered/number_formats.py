@@ -33,6 +33,11 @@ def decoded(dtype: str, data: bytearray) -> Any:
     import numpy
 
     np: Any = numpy
+    with np.errstate(invalid="ignore"):  # a NaN that signals becomes one that doesn't
+        return _decoded(np, dtype, data)
+
+
+def _decoded(np: Any, dtype: str, data: bytearray) -> Any:
     if dtype in _INTEGERS:
         return np.frombuffer(data, dtype=f"<{_INTEGERS[dtype]}")
     if dtype in _NATIVE:
@@ -42,8 +47,7 @@ def decoded(dtype: str, data: bytearray) -> Any:
         halves = np.frombuffer(data, dtype="<u2").astype(np.uint32)
         return (halves << 16).view(np.float32).astype(np.float64)
     if dtype == "complex32":
-        pairs = np.frombuffer(data, dtype="<f2").astype(np.float64)
-        return pairs.view(np.complex128)
+        return np.frombuffer(data, dtype="<f2").astype(np.float64).view(np.complex128)
     return _table(dtype)[np.frombuffer(data, dtype=np.uint8)].reshape(-1)
 
 

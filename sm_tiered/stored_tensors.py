@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sm_tiered.errors import FormatError
 from sm_tiered.records import Item, Record
@@ -52,6 +52,8 @@ class StoredTensor:
     """Without those of no elements, in order of their offsets."""
     file: str | None = None
     """The whole file that it stands in, if it does."""
+    alias_of: str | None = None
+    """The name that these very bytes were saved under, where this one only repeats them."""
 
     @property
     def elements(self) -> int:
@@ -108,6 +110,11 @@ def stored_in(records: Iterable[Record]) -> Stored:
             else:
                 values.setdefault(item.fqn, _value(item))
     tensors = {name: _tensor(found) for name, found in items.items()}
+    first: dict[object, str] = {}
+    for name, tensor in tensors.items():
+        saved_as = first.setdefault((tensor.dtype, tensor.shape, tensor.chunks), name) if tensor.chunks else name
+        if saved_as != name:
+            tensors[name] = replace(tensor, alias_of=saved_as)
     return Stored(
         tensors={name: tensors[name] for name in sorted(tensors, key=natural)},
         values={name: values[name] for name in sorted(values, key=natural)},
