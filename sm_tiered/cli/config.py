@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
 from sm_tiered.cli.common import EXIT_OK, read_recipe
-from sm_tiered.cli.output import clean, print_json, render, text
+from sm_tiered.cli.output import clean, print_json, render
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -62,7 +62,8 @@ class _Listing:
                 shown.append(comment, style="dim")
             yield shown
         for warning in self._recipe.warnings():
-            yield text(f"# warning: {warning}", "yellow")
+            for line in textwrap.wrap(f"# warning: {clean(warning)}", width, subsequent_indent="#   "):
+                yield Text(line, style="yellow", no_wrap=True, overflow="ignore")
 
 
 def _rows(values: Iterable[Value], width: int) -> Iterator[tuple[str, str]]:
