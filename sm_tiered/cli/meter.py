@@ -26,12 +26,13 @@ class Meter:
         self._task: TaskID | None = None
         self._label = ""
         self._began = self._next_at = 0.0
-        self._first = 0
+        self._first = self._noted = -1
 
     def begin(self, label: str) -> None:
         """Say that from now on it is about *label*."""
         self.end()
-        self._label, self._began, self._first = clean(label), time.monotonic(), -1
+        self._label, self._began = clean(label), time.monotonic()
+        self._first = self._noted = -1
         self._next_at = self._began + _LINE_SECS
         if self._bar is not None:
             self._bar.start()
@@ -43,8 +44,8 @@ class Meter:
             self._first = done  # what an earlier try did tells nothing of the rate
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total)
-        elif not self._quiet and time.monotonic() >= self._next_at:
-            self._next_at = time.monotonic() + _LINE_SECS
+        elif not self._quiet and done != self._noted and time.monotonic() >= self._next_at:
+            self._next_at, self._noted = time.monotonic() + _LINE_SECS, done
             self.note(f"{self._label}: {self._state(done, total)}")
 
     def note(self, line: str) -> None:
