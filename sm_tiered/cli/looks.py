@@ -9,7 +9,7 @@ import typer
 from sm_tiered.cli.common import reported
 from sm_tiered.cli.root import EXITS, JsonFlag, RecipePath, StepOption, TierOption, app
 
-__all__ = ["diff", "doctor", "ls", "plan", "show", "verify", "why"]
+__all__ = ["diff", "doctor", "ls", "plan", "show", "verify", "watch", "why"]
 
 
 @app.command(epilog=EXITS, short_help="List what each tier holds.")
@@ -164,3 +164,17 @@ def doctor(
     from sm_tiered.cli import doctor as command
 
     return command.run(recipe, as_json=as_json)
+
+
+@app.command(epilog=EXITS, short_help="Watch a running job.")
+@reported
+def watch(
+    recipe: RecipePath,
+    interval: Annotated[float, typer.Option("--interval", metavar="S", help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once; --json does so too.")] = False,
+    as_json: JsonFlag = False,
+) -> int:
+    """Watch a running job from its node: how far it is, what each tier has, what is on its way, how fast."""
+    from sm_tiered.cli import watch as command
+
+    return command.run(recipe, interval=interval, once=once, as_json=as_json)
