@@ -139,6 +139,10 @@ def _replaced(policy: object, advice: Advice, secs: object) -> object:
         return secs
     if "every_n_steps" in entries and advice.steps is not None:
         given = entries["every_n_steps"]
-        more = cast("Mapping[str, object]", given) if isinstance(given, Mapping) else None
-        return {"every_n_steps": advice.steps if more is None else {**more, "n": advice.steps}}
+        if not isinstance(given, Mapping):
+            return {"every_n_steps": advice.steps}
+        more = {**cast("Mapping[str, object]", given), "n": advice.steps}
+        if isinstance(offset := more.get("offset"), int):
+            more["offset"] = offset % advice.steps
+        return {"every_n_steps": more}
     return entries

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sm_tiered import layout
 from sm_tiered.cli.common import open_for_looking, open_recipe, parallel, threads_for
 from sm_tiered.cli.output import clean
-from sm_tiered.errors import ConfigError, TieredError
+from sm_tiered.errors import ConfigError, FormatError, TieredError
 from sm_tiered.event_reading import Piece, Reading, merge, of_paths, of_tier
 from sm_tiered.exposure import Exposure, exposure
 from sm_tiered.goodput import Goodput, goodput
@@ -64,15 +66,30 @@ def remarks(run: Run) -> list[str]:
     """Return what a reader should know of what was read, one sentence each."""
     found = [f"{name} did not answer: {error.message}" for name, error in run.errors.items()]
     if run.reading.bad_lines:
-        found.append(f"{run.reading.bad_lines} lines are no events and were left out")
+        found.append(f"left out, for they are no events: {_count(run.reading.bad_lines, 'line')}")
     if run.story.unreadable:
-        found.append(f"{run.story.unreadable} events lack what they should have and were left out")
+        found.append(f"left out, for they lack what they should have: {_count(run.story.unreadable, 'event')}")
     if run.story.unmatched:
-        found.append(f"drainers tell of {run.story.unmatched} saves that nothing else is known of")
+        found.append(f"drainers tell {_count(run.story.unmatched, 'thing')} of saves that nothing else is known of")
+    if missing := _silent_attempts(run.story):
+        found.append(f"nothing is known of {_count(missing, 'attempt')}: no events are left of them")
     found += [f"not read: {reason}" for reason in run.reading.left_out[:5]]
     if len(run.reading.left_out) > 5:
         found.append(f"not read: {len(run.reading.left_out) - 5} more")
     return [clean(line) for line in found]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _silent_attempts(story: Story) -> int:
+    """How many attempts there must have been, by their ordinals, that nothing is known of."""
+    ordinals = set[int]()
+    for leg in story.legs:
+        with suppress(FormatError):
+            ordinals.add(layout.parse_attempt(leg.attempt).ordinal)
+    return max(ordinals) - min(ordinals) + 1 - len(ordinals) if ordinals else 0
 
 
 def _look(settings: TierSettings, namespace: str) -> tuple[list[Piece], tuple[str, ...]] | TieredError:

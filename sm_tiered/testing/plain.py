@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,12 +95,13 @@ class PlainEngine:
 
     def save(self, step: int, data: bytes, tiers: Sequence[str] | None = None, **facts: Any) -> SaveHandle:
         """Save *data* as this rank's share of *step*. Collective."""
+        begun = time.monotonic()
         named = frozenset(tier.name for tier in self.settings.tiers) if tiers is None else frozenset(tiers)
         request = Request(step=step, tiers=named, size=self._size, urgent=bool(facts.get("urgent")))
         agreement = self.saver.agree(request)
         part = PlainPart(layout.part_name(self.group.rank, 0), data)
         self._size = len(data)
-        return self.saver.save(agreement, [part], metrics=facts.get("metrics", {}), begun=0.0)
+        return self.saver.save(agreement, [part], metrics=facts.get("metrics", {}), begun=begun)
 
     def restore(self, step: int | None = None) -> tuple[int, bytes] | None:
         """Restore this rank's share of the newest checkpoint, or of *step*. Collective."""

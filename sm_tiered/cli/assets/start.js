@@ -135,10 +135,11 @@ function start() {
   byId("zoom-in").addEventListener("click", () => { chart.zoom(0.6); hands.redraw(); });
   byId("zoom-out").addEventListener("click", () => { chart.zoom(1 / 0.6); hands.redraw(); });
   byId("fit").addEventListener("click", () => { chart.fit(); hands.redraw(); });
-  new ResizeObserver(() => hands.redraw()).observe(byId("plot"));
   const began = performance.now();
   chart.draw();
+  new ResizeObserver(() => { if (byId("plot").clientWidth !== chart.width) hands.redraw(); }).observe(byId("plot"));
   document.documentElement.dataset.ready = String(Math.round(performance.now() - began) + 1);
+  return chart;
 }
 
-start();
+const drawn = start();
