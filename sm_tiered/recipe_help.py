@@ -27,16 +27,28 @@ def _steps(description: str) -> dict[str, object]:
     return {"description": description, "items": {"minimum": 0, "maximum": MAX_STEP - 1}, "minItems": 1}
 
 
+def _form(message: str, pattern: str) -> dict[str, str]:
+    """A pattern with what VS Code's and other YAML editors say instead of it."""
+    return {"pattern": pattern, "patternErrorMessage": message}
+
+
 def _policies(description: str) -> dict[str, object]:
     return {"description": description, "minItems": 1}
 
 
 _STEP = {"minimum": 0, "maximum": MAX_STEP - 1}
-_SIZE = r"^\s*(?!0+(\.0+)? ?[A-Z])[0-9]{1,15}(\.[0-9]{1,6})? ?(B|KiB|MiB|GiB|TiB)\s*$"
+_SIZE = _form(
+    "A number and one of B, KiB, MiB, GiB, TiB, e.g. 16GiB.",
+    r"^\s*(?!0+(\.0+)? ?[A-Z])[0-9]{1,15}(\.[0-9]{1,6})? ?(B|KiB|MiB|GiB|TiB)\s*$",
+)
 _PATH = r"^(?!.*://)[^\x00-\x1f\x7f]*[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$"
-_URI = (
+_URI = _form(
+    "Write s3://bucket/prefix.",
     r"^s3://(?![0-9]+(\.[0-9]+){3}(/|$))(?![^/]*(\.\.|\.-|-\.))[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
-    r"(/(?!\.{1,2}(/|$))[A-Za-z0-9!_.*'()=+@,:~-]+)*/?$"
+    r"(/(?!\.{1,2}(/|$))[A-Za-z0-9!_.*'()=+@,:~-]+)*/?$",
+)
+_NAMESPACE = _form(
+    "1 to 128 of A-Z a-z 0-9 _ -, beginning with a letter or digit.", "^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$"
 )
 _MODE = {"enum": ["min", "max"]}
 _SAVE = (
@@ -47,7 +59,7 @@ _DIRECTORY = "A relative path begins where the recipe is loaded."
 
 _RECIPE: dict[str, Mapping[str, object]] = {
     "version": _text("The version of the recipe language: 1."),
-    "namespace": _text("The run's identity.", pattern="^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$"),
+    "namespace": _text("The run's identity.", **_NAMESPACE),
     "tiers": _text("Where checkpoints live, fast to durable. At most one memory tier, and it comes first."),
     "on_error": _text("What a failed save does: warn and let the training go on, or raise at the next save or close."),
     "unreachable": _text("What a restore does when a durable tier does not answer."),
@@ -65,7 +77,7 @@ _LOG: dict[str, Mapping[str, object]] = {
     "LogSection.console": _text("Whether they go to standard error."),
     "LogSection.path": _text(f"A directory: each rank has a file of its own there. {_DIRECTORY}", pattern=_PATH),
     "LogSection.level": _text("What is less important than that is left out."),
-    "LogSection.max_size": _text("A file that has grown so far is put aside, e.g. 16MiB.", pattern=_SIZE),
+    "LogSection.max_size": _text("A file that has grown so far is put aside, e.g. 16MiB.", **_SIZE),
     "LogSection.kept": _text("How many old files of each rank stay.", minimum=1, maximum=1000),
 }
 
@@ -76,7 +88,7 @@ _TIERS: dict[str, Mapping[str, object]] = {
     ),
     "MemoryTier.budget": _text(
         "Room that the memory tier may take on this node, e.g. 16GiB; else what tmpfs and the cgroup allow.",
-        pattern=_SIZE,
+        **_SIZE,
     ),
     "MemoryTier.save": _text(_SAVE),
     "MemoryTier.keep": _text("What to keep: {latest: n}, for memory recycles a fixed number of checkpoints."),
@@ -87,7 +99,7 @@ _TIERS: dict[str, Mapping[str, object]] = {
     "LocalTier.keep": _text("What to keep: one policy, or several under any, all and not."),
     "LocalTier.fsync": _text("Whether a commit waits until the disk has it."),
     "S3Tier.kind": _text("A prefix of an S3 bucket, or of one in a store that is compatible."),
-    "S3Tier.uri": _text("s3://bucket/prefix.", pattern=_URI),
+    "S3Tier.uri": _text("s3://bucket/prefix.", **_URI),
     "S3Tier.save": _text(_SAVE),
     "S3Tier.keep": _text("What to keep: one policy, or several under any, all and not."),
     "S3Tier.endpoint_url": _text(
@@ -98,7 +110,7 @@ _TIERS: dict[str, Mapping[str, object]] = {
     "S3Tier.profile": _text("The name of a profile in ~/.aws/config.", pattern=r"^[^\x00-\x1f\x7f]{1,128}$"),
     "S3Tier.force_path_style": _text("Whether the bucket stands in the path and not in the name of the host."),
     "S3Tier.sse": _text("Server-side encryption with a key of one's own."),
-    "S3Tier.part_size": _text("Of one part of an upload, 5MiB to 5GiB.", pattern=_SIZE),
+    "S3Tier.part_size": _text("Of one part of an upload, 5MiB to 5GiB.", **_SIZE),
     "S3Tier.throughput_gbps": _text(
         "What the client aims at. In Gbit/s, 10^9 bits.", exclusiveMinimum=0, maximum=10_000
     ),

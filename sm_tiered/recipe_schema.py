@@ -111,7 +111,7 @@ def _ruled(branch: _Schema, rules: Mapping[str, object]) -> _Schema:
     words = {
         "integer": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
         "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-        "string": ("pattern", "minLength", "maxLength", "enum"),
+        "string": ("pattern", "patternErrorMessage", "minLength", "enum"),
         "array": ("minItems",),
     }.get(kind, ())
     found = {**branch, **{key: rules[key] for key in words if key in rules}}
@@ -205,14 +205,14 @@ def _policy(definition: _Schema, bare: tuple[str, ...]) -> _Schema:
     """Return one policy: alone where it needs nothing more, or as the only key of a mapping."""
     properties = cast("dict[str, _Schema]", definition["properties"])
     alone: list[_Schema] = [{"enum": list(bare)}] if bare else []
-    one = {
-        "type": "object",
+    return {
+        "anyOf": [{"type": "object"}, *alone, _ref("Reference")],
+        # Out here, and the count below: that is what editors need to complete them, and to say what is wrong.
         "properties": {key: _not_null(field) for key, field in properties.items()},
         "additionalProperties": False,
         "minProperties": 1,
-        "maxProperties": 1,
+        "allOf": [{"maxProperties": 1}],
     }
-    return {"anyOf": [*alone, one, _ref("Reference")]}
 
 
 def _not_null(field: _Schema) -> _Schema:
