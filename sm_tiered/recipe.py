@@ -188,14 +188,14 @@ class Recipe(Section):
         found: list[str] = []
         settings = self.settings()
         memory = settings.memory
-        periods = _periods(memory.save) if memory else set[int]()
+        periods = _periods(memory.save) if memory else []
         for tier in settings.durable:
-            for every in sorted(_periods(tier.save)):
-                if memory and periods and not any(every % period == 0 for period in periods):
+            for every in _periods(tier.save):
+                if memory and periods and not any(_among(every, period) for period in periods):
                     where = f"{self._document.source}: tiers.{tier.name}.save"
                     found.append(
-                        f"{where}: steps {every} are no multiples of those of tier {memory.name!r} "
-                        f"({', '.join(map(str, sorted(periods)))}): each one is staged in memory too"
+                        f"{where}: steps {_shown(every)} are no multiples of those of tier {memory.name!r} "
+                        f"({', '.join(map(_shown, periods))}): each one is staged in memory too"
                     )
         return found
 
@@ -234,7 +234,16 @@ def _see_requests(tiers: Mapping[str, Tier]) -> None:
                 raise located(error, name)
 
 
-def _periods(policy: SavePolicy | None) -> set[int]:
-    if isinstance(policy, EveryNSteps):
-        return {policy.n}
-    return set[int]().union(*map(_periods, policy.policies)) if isinstance(policy, AnyOf) else set()
+def _periods(policy: SavePolicy | None) -> list[EveryNSteps]:
+    members = policy.policies if isinstance(policy, AnyOf) else [policy]
+    found = {member for member in members if isinstance(member, EveryNSteps)}
+    found.update(inner for member in members if isinstance(member, AnyOf) for inner in _periods(member))
+    return sorted(found, key=lambda period: (period.n, period.offset, period.start, period.stop or 0))
+
+
+def _among(every: EveryNSteps, period: EveryNSteps) -> bool:
+    return every.n % period.n == 0 and (every.offset - period.offset) % period.n == 0
+
+
+def _shown(period: EveryNSteps) -> str:
+    return f"{period.n} + {period.offset}" if period.offset else str(period.n)

@@ -77,7 +77,9 @@ def _told(error: ErrorDetails, document: Document) -> tuple[Path, str, str | Non
         )
     if kind == "literal_error":
         wanted = str(context["expected"]).replace("True", "true")
-        return path, f"must be {wanted}, got {shown(value)}", _why(value, path, document) or f"Choose {wanted}."
+        guess = closest(value, re.findall(r"'([^']+)'", wanted)) if isinstance(value, str) else None
+        choose = f"Did you mean '{guess}'?" if guess else f"Choose {wanted}."
+        return path, f"must be {wanted}, got {shown(value)}", _why(value, path, document) or choose
     wanted = _KIND_OF.get(kind, "a mapping" if kind.startswith(("model", "dict")) else str(error["msg"]))
     return path, f"must be {wanted}, got {shown(value)}", _why(value, path, document) or f"Give {wanted}."
 

@@ -178,7 +178,7 @@ ENVIRONMENT = [
     variable("tier", "TIERS__S4__URI", "s3://bucket", "no tier 's4' to change", "Did you mean 's3'?"),
     variable("top key", "ON_EROR", "warn", "on_eror: unknown key 'on_eror'", "Did you mean 'on_error'?"),
     variable("value", "TIERS__S3__URI", "bucket", "tiers.s3.uri: 'bucket' must start with s3://"),
-    variable("choice", "ON_ERROR", "wran", "on_error: must be 'warn' or 'raise', got 'wran'"),
+    variable("choice", "ON_ERROR", "wran", "on_error: must be 'warn' or 'raise', got 'wran'", "Did you mean 'warn'?"),
     variable("type", "DRAIN_TIMEOUT_SECS", "soon", "must be a number, got 'soon'"),
     variable("number as a name", "NAMESPACE", "123", "must be text, got 123", "Did you mean '123', in quotes?"),
     variable("policy", "TIERS__S3__SAVE", "on_ned", "tiers.s3.save: 'on_ned' is no policy", "Did you mean 'on_end'?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -311,6 +312,27 @@ def test_durable_steps_that_are_no_memory_steps_are_warned_of(caplog: pytest.Log
     [message] = caplog.messages
     assert "tiers.disk.save: steps 50 are no multiples" in message
     assert "'memory' (20)" in message
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "warned"),
+    [
+        ("{every_n_steps: {n: 10, offset: 3}}", "{every_n_steps: {n: 50, offset: 3}}", None),
+        ("{every_n_steps: {n: 10, offset: 3}}", "{every_n_steps: {n: 50, offset: 43}}", None),
+        (
+            "{every_n_steps: {n: 10, offset: 3}}",
+            "{every_n_steps: 50}",
+            "steps 50 are no multiples of .* \\(10 \\+ 3\\)",
+        ),
+        ("{any: [{any: [{every_n_steps: 10}]}, on_end]}", "{every_n_steps: {n: 50, offset: 3}}", "steps 50 \\+ 3 are"),
+        ("on_end", "{every_n_steps: 50}", None),
+    ],
+)
+def test_offsets_count_when_steps_are_compared(memory: str, disk: str, warned: str | None) -> None:
+    tiers = f"{{m: {{kind: memory, save: {memory}}}, d: {{kind: local, path: /d, save: {disk}}}}}"
+    found = Recipe.parse(f"version: 1\nnamespace: r\ntiers: {tiers}").warnings()
+    assert len(found) == (warned is not None)
+    assert warned is None or re.search(warned, found[0])
 
 
 def test_the_good_recipe_warns_of_nothing() -> None:
