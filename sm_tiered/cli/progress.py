@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from sm_tiered.cli.output import clean, rate, size
+from sm_tiered.cli.output import age, clean, rate, size
 from sm_tiered.records import CheckpointId
 from sm_tiered.verify import Progress, Report
 
@@ -107,12 +107,13 @@ def _bar() -> Bar:
     from rich.text import Text
 
     class Read(ProgressColumn):
-        """Bytes read, of how many, and how fast."""
+        """Bytes read, of how many, how fast, and for how long still."""
 
         def render(self, task: Task) -> Text:
             whole = "" if task.total is None else f" of {size(int(task.total))}"
             speed = f"  {size(int(task.speed))}/s" if task.speed else ""
-            return Text(f"{size(int(task.completed))}{whole}{speed}", style="cyan")
+            left = f"  {age(task.time_remaining)} left" if task.time_remaining else ""
+            return Text(f"{size(int(task.completed))}{whole}{speed}{left}", style="cyan")
 
     label = TextColumn("{task.description}", markup=False)
     return Bar(label, BarColumn(), Read(), console=Console(stderr=True), transient=True)

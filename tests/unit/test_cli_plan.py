@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from typer.testing import CliRunner, Result
 from sm_tiered.cli.app import app
 from sm_tiered.cli.plan_figures import lost_work, stretches
 from sm_tiered.cli.planning import Assumptions, Planned, Run, simulate
+from sm_tiered.group import SoloGroup
+from sm_tiered.preemption import Preemption
 from sm_tiered.recipe import Recipe
+from sm_tiered.schedule import Schedule
 from sm_tiered.settings import Settings
 
 MEMORY = "memory: {kind: memory, path: /dev/shm, keep: {latest: 2}, save: %s}"
@@ -123,6 +127,41 @@ def test_what_is_kept_is_what_the_keep_policy_keeps(recipe: Callable[..., Path])
     stored = done.stored["local"]
     assert [planned.step for planned in stored.kept] == [50, 75, 100]
     assert stored.most == 3
+
+
+def test_a_plan_saves_when_the_schedule_of_a_training_does(
+    recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = [
+        "{every_n_steps: 7}",
+        "{every_secs: 13.5}",
+        "{any: [{at_steps: [3, 50]}, {every_n_epochs: 2}, on_end]}",
+        "{all: [{every_n_steps: 2}, {max_overhead: 0.02}]}",
+        "{all: [{every_secs: 4}, {not: {every_n_steps: 3}}]}",
+        "{optimal: {mtbf_secs: 300}}",
+    ]
+    for near, far in zip(policies, [*policies[1:], policies[0]], strict=True):
+        chosen = settings(recipe(MEMORY % near, LOCAL % (far, "{latest: 1}")))
+        # A drain that takes no time: what is planned is what is due.
+        given = assume(steps_per_epoch=11, state_bytes=1, drain_bytes_per_sec=1e12, commit_secs=1e-6)
+        done = simulate(chosen, given)
+        clock = [1e9]
+        monkeypatch.setattr("sm_tiered.schedule.time", SimpleNamespace(time=lambda now=clock: now[0]))
+        schedule = Schedule(chosen, SoloGroup(), Preemption(), started_at=clock[0])
+        due: dict[str, list[int]] = {"memory": [], "local": []}
+        for step in [*range(1, given.steps + 1), None]:
+            clock[0] += given.step_secs if step is not None else 0.0
+            at, ending = (step, False) if step is not None else (given.steps, True)
+            epochs = at // 11 if at % 11 == 0 and not ending else None
+            tiers = schedule.due(at, metrics={}, epochs_ended=epochs, ending=ending).tiers
+            copied = tiers and due["memory"][-1:] != [at]
+            clock[0] += given.blocked_secs if copied else 0.0
+            if tiers:
+                schedule.note_saved(at, tiers, blocked_secs=given.blocked_secs)
+                # Whatever is due is copied into memory first.
+                for tier in {*tiers, "memory"}:
+                    due[tier] += [at] if due[tier][-1:] != [at] else []
+        assert {tier: steps(done, tier) for tier in due} == due, (near, far)
 
 
 # ---- what follows

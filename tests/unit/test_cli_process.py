@@ -62,7 +62,11 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path, memory=tmp_path / "memory", local=tmp_path / "local")
 
 
-@pytest.mark.parametrize("arguments", [["ls"], ["ls", "--json"], ["show"], ["verify"]])
+_PLAN = ["plan", "--steps", "20", "--step-secs", "1", "--state-bytes", "1GiB"]
+_LOOKS = [["ls"], ["ls", "--json"], ["show"], ["verify"], ["why"], ["watch", "--once"], ["doctor"], _PLAN]
+
+
+@pytest.mark.parametrize("arguments", _LOOKS, ids=" ".join)
 def test_looking_loads_no_torch_no_pickle_of_ours_and_no_aws(recipe: Path, arguments: list[str]) -> None:
     with call([arguments[0], recipe, *arguments[1:]], program=("-c", _LOADED)) as process:
         out, err = process.communicate(timeout=TIMEOUT_SECS)
@@ -71,7 +75,7 @@ def test_looking_loads_no_torch_no_pickle_of_ours_and_no_aws(recipe: Path, argum
     assert {"typer", "pydantic", "sm_tiered"} <= loaded
     assert not loaded & {"torch", "numpy", "boto3", "botocore", "s3torchconnector", "tenacity"}
     assert ("rich" in loaded) == ("--json" not in arguments)
-    assert "20" in out
+    assert ("checks" if arguments == ["doctor"] else "20") in out
 
 
 def test_a_pipe_that_closes_ends_it_quietly(recipe: Path) -> None:
