@@ -86,7 +86,7 @@ def whole_below(tier: Tier, tombstone: Manifest) -> bytes | None:
         return None
     prefix = f"{layout.checkpoint_dir(checkpoint)}/"
     sizes = {entry.key.removeprefix(prefix): entry.size for entry in tier.list(prefix)}
-    indexed = any(not item.is_file for data in records.values() for item in record_from_json(data).items)
+    indexed = any(record_from_json(data).items for data in records.values())
     derived = {layout.INDEX, layout.METADATA} if indexed else set[str]()
     complete = manifest.parts == tombstone.parts and all(sizes.get(n) == size for n, size in manifest.parts.items())
     return manifest_to_json(manifest) if complete and derived <= set(sizes) else None

@@ -94,8 +94,8 @@ def clear_failed(tier: Tier, checkpoint: CheckpointId, ranks: Iterable[int]) -> 
 
 
 def is_indexed(records: Mapping[int, bytes]) -> bool:
-    """Return whether the *records*, by rank, hold values that other readers need an index for."""
-    return any(not item.is_file for data in records.values() for item in record_from_json(data).items)
+    """Return whether the *records*, by rank, hold values: then other readers need the files that tell of them."""
+    return any(record_from_json(data).items for data in records.values())
 
 
 def _whole_records(source: Tier, checkpoint: CheckpointId, *, durable: bool) -> Mapping[int, bytes]:

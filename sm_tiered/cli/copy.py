@@ -146,7 +146,7 @@ def _copied(
                     checkpoint,
                     durable=durable,
                     namespace=end.namespace,
-                    compose=finisher(FINISHER),
+                    compose=None if durable else finisher(FINISHER),
                     progress=progress,
                 ),
                 meter,

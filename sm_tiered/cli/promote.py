@@ -23,7 +23,6 @@ from sm_tiered.errors import (
     SaveError,
     error_to_json,
 )
-from sm_tiered.finish import finisher
 from sm_tiered.handover import Follower, hand_over
 from sm_tiered.inventory import Holding, read_holding
 from sm_tiered.manifest import record_from_json
@@ -215,7 +214,6 @@ def _by_copy(sender: Tier, receiver: Tier, found: _Found, namespace: str, meter:
             found.checkpoint,
             durable=True,
             namespace=namespace,
-            compose=finisher(FINISHER),
             progress=progress,
         ),
         meter,
