@@ -180,7 +180,9 @@ def test_an_even_schedule_is_one_stretch() -> None:
 
 def test_lost_work_is_what_failures_at_every_moment_would_lose() -> None:
     planned = [Planned(step=1, at=10.0, usable_at=16.0), Planned(step=2, at=30.0, usable_at=31.0)]
-    done = Run(secs=50.0, planned={"a": planned, "b": [Planned(step=2, at=30.0, usable_at=45.0)]})
+    # An older step comes late on another tier, and a newer one only after the end.
+    late = [Planned(step=1, at=10.0, usable_at=45.0), Planned(step=2, at=30.0, usable_at=60.0)]
+    done = Run(secs=50.0, planned={"a": planned, "b": late})
 
     def sampled(tiers: list[str]) -> list[float]:
         moments = [(n + 0.5) / 100 for n in range(5000)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 from sm_tiered import layout
 from sm_tiered.cli.app import app
 from sm_tiered.cli.reasons import walk
+from sm_tiered.manifest import record_from_json, record_to_json
 from sm_tiered.settings import S3Settings
 from sm_tiered.tiers import open_tier
 from sm_tiered.tiers.base import Tier
@@ -84,6 +86,25 @@ def test_ranks_that_memory_has_lost_are_read_from_the_durable_tier(memory_dir: P
     assert {"parts of rank 1 are missing or cut"} == {
         copy.problem for copy in found.candidates[0].copies if copy.tier == "durable"
     }
+
+
+def test_what_is_cut_in_memory_or_was_never_committed_is_read_elsewhere(memory_dir: Path) -> None:
+    job = make_saved(memory_dir, STEPS, world=2)
+    part = job.step_dirs("memory")[20] / "__1_0.distcp"
+    os.truncate(part, part.stat().st_size - 1)
+    found = walk(job.settings(), step=None, share=None)
+    found.seen.close()
+    assert found.taken is not None
+    assert [(source.tier, source.ranks) for source in found.taken.sources] == [("memory", (0,)), ("durable", (1,))]
+    assert found.taken.copies[0].problem == "parts of rank 1 are missing or cut"
+    record = job.step_dirs("memory")[20] / "record-00000.json"
+    told = record_from_json(record.read_bytes())
+    record.write_bytes(record_to_json(replace(told, metrics={"loss": 1.0})))
+    found = walk(job.settings(), step=None, share=None)
+    found.seen.close()
+    assert found.taken is not None
+    assert [(source.tier, source.ranks) for source in found.taken.sources] == [("durable", (0, 1))]
+    assert found.taken.copies[0].problem == "the record of rank 0 is not the one that was committed"
 
 
 # ---- what is said
@@ -179,10 +200,6 @@ def test_damage_is_found_when_asked_for(gone_back: tuple[Path, Path, Path]) -> N
 
 
 def test_a_damaged_manifest_and_a_failed_rank_are_reasons(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from sm_tiered.manifest import record_from_json, record_to_json
-
     memory, local = tmp_path / "memory", tmp_path / "local"
     fast, slow = memory_tier(memory), local_tier(local)
     write_checkpoint(slow, checkpoint(10), durable=True)
