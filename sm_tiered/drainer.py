@@ -125,6 +125,9 @@ class _Targets:
             return
         publish_attempt(tier, attempt, data)
         self._published.add((tier.name, attempt))
+        # A launch that dies with its node soon after has told how the ones before it ended.
+        with suppress(TieredError):  # the next commit tries again
+            self._publisher.publish(tier)
 
     def _prune(
         self, tier: Tier, keep: retention.KeepPolicy, namespace: str, in_flight_secs: float, checkpoint: CheckpointId

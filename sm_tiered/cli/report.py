@@ -143,7 +143,8 @@ def _failures(run: Run) -> Iterator[RenderableType]:
 
 
 def _lost(failure: Failure) -> str:
-    steps = "" if failure.lost_steps is None else f", {failure.lost_steps} steps"
+    number = failure.lost_steps
+    steps = "" if number is None else f", {number} step" + ("" if number == 1 else "s")
     return f"{'at least ' if failure.at_least else ''}{span(failure.lost_secs)}{steps}"
 
 

@@ -89,7 +89,7 @@ def _silent_attempts(story: Story) -> int:
     for leg in story.legs:
         with suppress(FormatError):
             ordinals.add(layout.parse_attempt(leg.attempt).ordinal)
-    return max(ordinals) - min(ordinals) + 1 - len(ordinals) if ordinals else 0
+    return max(ordinals, default=0) - len(ordinals)
 
 
 def _look(settings: TierSettings, namespace: str) -> tuple[list[Piece], tuple[str, ...]] | TieredError:
