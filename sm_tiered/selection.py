@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from sm_tiered.layout import parse_part_name
 from sm_tiered.stored_tensors import StoredTensor
 
 __all__ = ["model_prefix", "is_model", "is_moment", "picked"]
@@ -27,10 +26,9 @@ _MOMENTS = frozenset(
 def is_model(tensor: StoredTensor) -> bool:
     """Whether *tensor* is one of a model, as far as names tell: not an optimizer's, nor one that each rank has."""
     keys = [str(key) for key in tensor.path[:-1]] or tensor.name.split(".")
-    if tensor.file is not None and parse_part_name(tensor.file) is not None:
-        return "state_dict" in keys[:3]  # what Lightning calls the model's
     if tensor.file is not None:
-        return _WEIGHTS_FILE.fullmatch(tensor.file) is not None
+        # Lightning keeps the model's in its checkpoint's `state_dict`, others in files of their own.
+        return keys[1:2] == ["state_dict"] or _WEIGHTS_FILE.fullmatch(tensor.file) is not None
     return not any(_OPTIMIZER.search(key) for key in keys[:3])
 
 

@@ -10,7 +10,17 @@ from dataclasses import dataclass, field, replace
 from sm_tiered.errors import FormatError
 from sm_tiered.records import Item, Record
 
-__all__ = ["ITEM_BYTES", "Stored", "StoredChunk", "StoredTensor", "StoredValue", "check_whole", "natural", "stored_in"]
+__all__ = [
+    "ITEM_BYTES",
+    "Stored",
+    "StoredChunk",
+    "StoredTensor",
+    "StoredValue",
+    "check_whole",
+    "in_order",
+    "natural",
+    "stored_in",
+]
 
 ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("bool", "uint8", "int8"), 1),
@@ -51,7 +61,7 @@ class StoredTensor:
     chunks: tuple[StoredChunk, ...]
     """Without those of no elements, in order of their offsets."""
     file: str | None = None
-    """The whole file that it stands in, if it does."""
+    """The name of the whole file, or of the value, that it stands inside, if it does."""
     alias_of: str | None = None
     """The name that these very bytes were saved under, where this one only repeats them."""
 
@@ -90,6 +100,8 @@ class Stored:
 
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
     values: Mapping[str, StoredValue] = field(default_factory=dict[str, StoredValue])
+    odd: Mapping[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
+    """Tensors inside files whose numbers do not stand in row-major order; without chunks, so they can't be read."""
 
 
 def stored_in(records: Iterable[Record]) -> Stored:
@@ -110,15 +122,21 @@ def stored_in(records: Iterable[Record]) -> Stored:
             else:
                 values.setdefault(item.fqn, _value(item))
     tensors = {name: _tensor(found) for name, found in items.items()}
+    return Stored(
+        tensors=in_order(tensors),
+        values={name: values[name] for name in sorted(values, key=natural)},
+    )
+
+
+def in_order(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return *tensors*, given in the order in which they were saved, by name, and told of which only repeat others."""
+    known = dict(tensors)
     first: dict[object, str] = {}
     for name, tensor in tensors.items():
         saved_as = first.setdefault((tensor.dtype, tensor.shape, tensor.chunks), name) if tensor.chunks else name
         if saved_as != name:
-            tensors[name] = replace(tensor, alias_of=saved_as)
-    return Stored(
-        tensors={name: tensors[name] for name in sorted(tensors, key=natural)},
-        values={name: values[name] for name in sorted(values, key=natural)},
-    )
+            known[name] = replace(tensor, alias_of=saved_as)
+    return {name: known[name] for name in sorted(known, key=natural)}
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -13,7 +13,7 @@ from sm_tiered.selection import is_moment, picked
 from sm_tiered.stored_chunks import VerifiedChunks
 from sm_tiered.stored_files import stored_with_files
 from sm_tiered.stored_reads import TensorReader, room_for
-from sm_tiered.stored_tensors import Stored, StoredTensor
+from sm_tiered.stored_tensors import Stored, StoredTensor, natural
 from sm_tiered.tensor_diff import Difference, compare, same_value
 
 __all__ = ["Found", "Warned", "run"]
@@ -144,9 +144,14 @@ def _place(tensor: StoredTensor) -> tuple[str, int]:
 
 
 def warnings(found: Found) -> list[Warned]:
-    """Return what looks wrong: what training changes with each step is the same at two different steps."""
-    if found.a.checkpoint.step == found.b.checkpoint.step:
-        return []
+    """Return what looks wrong: what could not be compared, and what steps should change and is the same at two."""
+    odd = tuple(sorted({*found.left.odd, *found.right.odd}, key=natural))
+    message = f"{len(odd)} tensors were not compared, for they are not stored in row-major order"
+    warned = [Warned(kind="not_compared", message=message, names=odd)] if odd else []
+    return warned if found.a.checkpoint.step == found.b.checkpoint.step else warned + _stale(found)
+
+
+def _stale(found: Found) -> list[Warned]:
     steps = f"steps {found.a.checkpoint.step} and {found.b.checkpoint.step}"
     warned: list[Warned] = []
     moments = [name for name in found.compared if is_moment(found.left.tensors[name])]

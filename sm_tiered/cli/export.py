@@ -12,7 +12,7 @@ from sm_tiered.cli.export_target import Target
 from sm_tiered.cli.gauge import Gauge
 from sm_tiered.cli.output import clean, print_json, rate, render, size, table, text
 from sm_tiered.consolidate import FilePlan, batches, index_json, plan_files, untied, write_batch
-from sm_tiered.errors import CheckpointNotFoundError, ConfigError
+from sm_tiered.errors import CheckpointNotFoundError, ConfigError, MismatchError
 from sm_tiered.selection import is_model, model_prefix, picked
 from sm_tiered.stored_chunks import VerifiedChunks
 from sm_tiered.stored_files import stored_with_files
@@ -127,6 +127,11 @@ def _wanted(stored: Stored, asked: Asked, source: Chosen) -> dict[str, StoredTen
         return picked(stored.tensors, prefix=asked.prefix, patterns=asked.only, every=every)
 
     found = pick(every=asked.every)
+    odd = picked(stored.odd, prefix=asked.prefix, patterns=asked.only, every=asked.every)
+    if odd:
+        names = ", ".join(list(odd)[:3]) + (" …" if len(odd) > 3 else "")
+        message = f"{len(odd)} tensors are stored in another order than row-major, as they were in memory: {names}"
+        raise MismatchError(message, hint="Choose others with --only, or load the file with torch.")
     if found:
         return found
     if not stored.tensors:

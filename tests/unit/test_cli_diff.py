@@ -92,7 +92,8 @@ def test_two_steps_are_compared_on_every_tier(
         recipe = write_recipe(tmp_path, more=s3_yaml(settings))
     else:
         make = memory_tier if kind == "memory" else local_tier
-        tier, recipe = make(tmp_path / kind), write_recipe(tmp_path, **{kind: tmp_path / kind})
+        places: dict[str, Any] = {kind: tmp_path / kind}
+        tier, recipe = make(tmp_path / kind), write_recipe(tmp_path, **places)
     for step in (20, 40):
         write(tier, step, state(step), values={"lr": b"0.1", "losses": str(step).encode()})
     tier.close()
