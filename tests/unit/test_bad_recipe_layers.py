@@ -47,7 +47,7 @@ def child(row: str, text: str, *words: str, base: str = BASE, more: dict[str, st
 def variable(row: str, name: str, value: str, *words: str) -> Row:
     """``run.yaml`` is good but for a variable of the environment."""
     files = {"run.yaml": BASE}
-    return Row(row, (f"environment SM_TIERED__{name}", *words), files, {f"SM_TIERED__{name}": value}, ())
+    return Row(row, ("environment ", f"SM_TIERED__{name}", *words), files, {f"SM_TIERED__{name}": value}, ())
 
 
 def option(row: str, given: str, *words: str) -> Row:
@@ -124,6 +124,12 @@ PLACES = [
         "run.yaml, line 4, col 5: tiers.s3.uri: 'bucket' must start with s3://",
     ),
     child(
+        "section of both",
+        "extends: base.yaml\ntiers: {s3: {region: us-east-1}}\n",
+        "base.yaml, line 5, col 3: tiers.s3: uri is missing",
+        base=BASE.replace("    uri: s3://bucket/base\n", ""),
+    ),
+    child(
         "key of the child",
         "extends: base.yaml\ntiers:\n  s3: {urii: 's3://bucket'}\n",
         "run.yaml, line 3, col 8: tiers.s3.urii: unknown key 'urii'",
@@ -191,6 +197,7 @@ ENVIRONMENT = [
     variable("two documents", "NAMESPACE", "a\n---\nb", "single document"),
     variable("no key", "", "x", "names no key of a recipe", "tiers.s3.uri=s3://bucket/prefix"),
     variable("empty key", "TIERS____URI", "x", "names no key of a recipe"),
+    variable("odd name", "A B", "x", "'SM_TIERED__A B': names no key of a recipe"),
     variable("extends", "EXTENDS", "/base.yaml", "only a file says what it extends"),
     variable("needed", "NAMESPACE", "null", "namespace: null removes it", "Name the run"),
     variable(
@@ -232,6 +239,13 @@ OPTIONS = [
     option("secret in the wrong place", f"https://u:{SENTINEL}@host=1", "hidden"),
     option("extends", "extends=/base.yaml", "only a file says what it extends"),
     Row(
+        "whole after a part",
+        ("--set tiers.s3.retry: tiers.s3.retry.attempts: must be 1 to 100",),
+        {"run.yaml": BASE},
+        {},
+        ("tiers.s3.retry.attempts=3", "tiers.s3.retry={attempts: 0}"),
+    ),
+    Row(
         "inside", ("--set on_error.x", "--set on_error sets"), {"run.yaml": BASE}, {}, ("on_error=warn", "on_error.x=1")
     ),
 ]
@@ -264,6 +278,8 @@ def test_bad_layers_are_refused_with_their_place(row: Row, here: Path, monkeypat
         Recipe.load("run.yaml", overrides=row.options)
     assert time.monotonic() - began < 5
     text = str(caught.value)
+    if ".yaml, line" in row.words[0]:
+        assert text.startswith(row.words[0])
     missing = [word for word in row.words if word not in text]
     assert not missing, text
     assert caught.value.hint or "version" in text
@@ -285,6 +301,13 @@ def test_the_json_for_the_drainer_extends_nothing(here: Path) -> None:
     put(here, {"base.yaml": BASE})
     with pytest.raises(RecipeError, match="unknown key 'extends'"):
         Recipe.from_json(f'{{"extends": "{here}/base.yaml"}}')
+
+
+def test_a_circle_through_a_link_is_one(here: Path) -> None:
+    put(here, {"run.yaml": "extends: link.yaml\n"})
+    (here / "link.yaml").symlink_to("run.yaml")
+    with pytest.raises(RecipeError, match=r"in a circle: run.yaml → link.yaml"):
+        Recipe.load("run.yaml")
 
 
 def test_eight_recipes_in_a_chain_are_fine(here: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from sm_tiered.cli.app import app
+from sm_tiered.cli.common import read_recipe
 from sm_tiered.cli.root import RecipePath
 from sm_tiered.recipe import Recipe
 from sm_tiered.recipe_schema import recipe_schema
@@ -145,11 +147,13 @@ def test_config_tells_what_results_and_who_said_so() -> None:
 
 
 @pytest.mark.usefixtures("layered")
-@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+@pytest.mark.parametrize("columns", [60, 63, 66, 69, 72, 75, 78, 80, 120, 200])
 def test_config_fits_its_window_and_is_yaml_of_the_same_recipe(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     result = run("config", "child.yaml", *SETS)
-    assert max(map(len, result.stdout.splitlines())) <= columns
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert not [line for line in lines if line.endswith(":") and not re.fullmatch(" *[a-z0-9_]+:", line)]
     assert AWS_KEY not in result.output
     monkeypatch.delenv("SM_TIERED__TIERS__S3__REGION")
     wanted = Recipe.load("child.yaml", overrides=[*SETS[1::2], "tiers.s3.region=eu-west-1"]).values()
@@ -287,6 +291,7 @@ def test_set_reaches_every_tier(
 def test_what_one_call_sets_is_gone_with_it() -> None:
     assert document(run("config", "child.yaml", "--json", "--set", "on_error=raise"))["recipe"]["on_error"] == "raise"
     assert document(run("config", "child.yaml", "--json"))["recipe"]["on_error"] == "warn"
+    assert read_recipe("child.yaml").on_error == "warn"
 
 
 # ---- schema

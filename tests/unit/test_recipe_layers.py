@@ -186,6 +186,12 @@ def test_a_tier_can_be_added_and_changed_and_removed() -> None:
     assert values(found)["tiers"]["m2"]["budget"] == "1GiB"
 
 
+def test_the_environment_sets_a_part_of_what_it_sets_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SM_TIERED__TIERS__S3__RETRY__ATTEMPTS", "3")
+    monkeypatch.setenv("SM_TIERED__TIERS__S3__RETRY", "{deadline_secs: 9}")
+    assert (s3(child("")).retry_attempts, s3(child("")).retry_deadline_secs) == (3, 9)
+
+
 def test_parts_of_one_policy_belong_together() -> None:
     parts = ["tiers.s3.keep.best.metric=loss", "tiers.s3.keep.best.mode=min"]
     assert values(Recipe.load("base.yaml", overrides=parts))["tiers"]["s3"]["keep"] == {
@@ -279,6 +285,13 @@ def test_each_value_knows_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     [filled] = found["tiers.s3.uri"].filled
     assert (filled.name, filled.default) == ("WHERE", True)
     assert found["tiers.s3.save"].value == {"any": [{"every_n_steps": 50}, "on_end"]}
+
+
+def test_what_is_filled_in_inside_a_policy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVERY", "20")
+    found = origins(child("tiers: {s3: {save: {any: [{every_n_steps: '${EVERY}'}, '${WHEN:-on_end}']}}}"))
+    assert [(one.name, one.default) for one in found["tiers.s3.save"].filled] == [("EVERY", False), ("WHEN", True)]
+    assert found["tiers.s3.keep"].filled == ()
 
 
 def test_a_default_that_an_empty_variable_leaves_is_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
