@@ -81,6 +81,8 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a tiny model")
     parser.add_argument("--spot", action="store_true", help="heed the interruption notices of EC2 spot instances")
     options = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error(f"start it with torchrun: torchrun --nproc-per-node=2 {sys.argv[0]} …")
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():

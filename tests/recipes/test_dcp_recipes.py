@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.recipes.launching import (
+    RECIPES,
     durable_steps,
     handed_over,
     launched,
@@ -49,13 +50,35 @@ def test_a_single_node_goes_on_from_memory_after_a_kill_and_from_the_disk_withou
 
     lose_memory(memory, "lm-1")
     newest = durable_steps(disk)[-1]
-    printed = torchrun(tmp_path, "single_node.yaml", f"--steps={newest + 20}", env=env)
+    with torchrun(tmp_path, "single_node.yaml", f"--steps={newest + 20}", env=env) as third:
+        printed, errors = third.communicate(timeout=110)
+    assert third.returncode == 0, errors
     assert printed.startswith(f"step {newest} restored from durable in ")
     assert printed.endswith(f"ends at step {newest + 20}\n")
     assert durable_steps(disk)[-1] == newest + 20
     assert newest + 10 in losses(printed)
     assert repeats(first.losses(), second.losses())
     assert repeats(first.losses() | second.losses(), losses(printed))
+
+
+@pytest.mark.long
+def test_a_single_node_goes_on_from_s3_too(
+    tmp_path: Path, memory_dir: Path, bucket: dict[str, str], s3_client: S3Client
+) -> None:
+    text = (RECIPES / "single_node.yaml").read_text()
+    on_disk, in_s3 = text.index("  durable: #"), text.index("  # durable:\n")
+    recipe = tmp_path / "in_s3.yaml"
+    recipe.write_text(
+        text[:on_disk] + text[in_s3:].replace("  # ", "  ").replace("s3://my-bucket/checkpoints", "${CHECKPOINTS}")
+    )
+    env = {**bucket, "CHECKPOINT_MEMORY": str(memory_dir / "tier"), "TRAINING_JOB_NAME": "lm-5"}
+    with launched(tmp_path, str(recipe), "--steps=57", env=env) as first:
+        assert first.end() == [0, 0], first.text
+    assert 57 in s3_steps(s3_client, bucket["CHECKPOINTS"])
+    lose_memory(memory_dir / "tier", "lm-5")
+    with launched(tmp_path, str(recipe), "--steps=60", env=env) as second:
+        assert second.end() == [0, 0], second.text
+    assert second.restored() == (57, "durable")
 
 
 def test_a_machine_that_is_lost_costs_the_steps_since_the_shared_directory_had_one(

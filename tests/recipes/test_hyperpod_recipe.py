@@ -18,7 +18,7 @@ from sm_tiered.testing.proxy import FaultProxy
 from sm_tiered.tiers import s3_upload, s3_window
 from sm_tiered.tiers.s3 import S3Tier
 from sm_tiered.tiers.s3_client import S3Connection
-from tests.recipes.launching import RECIPES, launched, s3_steps
+from tests.recipes.launching import RECIPES, launched, lose_memory, s3_steps
 from tests.recipes.s3_permissions import ACTIONS, Asked, Policy
 
 if TYPE_CHECKING:
@@ -202,3 +202,20 @@ def test_the_recipe_runs_in_such_a_pod_and_asks_s3_for_no_more_than_the_policy_a
     namespace = f"checkpoints/{given['TRAINING_JOB_NAME']}/"
     listings = [request.prefix for request in requests if ACTIONS[request.operation].startswith("s3:ListBucket")]
     assert [prefix for prefix in listings if not (prefix or "").startswith(namespace)] == []
+
+
+@pytest.mark.long
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.timeout(240)
+def test_a_pod_that_is_lost_takes_its_memory_and_the_job_goes_on_from_s3(
+    tmp_path: Path, memory_dir: Path, bucket: dict[str, str], s3_client: S3Client
+) -> None:
+    env = {**environment(), **bucket}
+    pods = [{"CHECKPOINT_MEMORY": str(memory_dir / f"pod-{number}")} for number in range(2)]
+    with launched(tmp_path, "hyperpod_eks.yaml", "--steps=12", env=env, ranks=pods) as first:
+        assert first.end() == [0, 0], first.text
+    assert s3_steps(s3_client, bucket["CHECKPOINTS"]) == [12]
+    lose_memory(memory_dir / "pod-1", env["TRAINING_JOB_NAME"])
+    with launched(tmp_path, "hyperpod_eks.yaml", "--steps=14", env=env, ranks=pods) as second:
+        assert second.end() == [0, 0], second.text
+    assert second.restored() == (12, "memory+s3")

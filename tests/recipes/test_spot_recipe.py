@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from tests.recipes.launching import RECIPES, Launch, launched, lose_memory, s3_steps
+from tests.recipes.launching import RECIPES, Launch, launched, lose_memory, s3_steps, torchrun
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -130,6 +130,25 @@ def events(directory: Path, step: int) -> Iterator[str]:
     for event in sorted(lines, key=lambda event: event["time"]):
         if event.get("step") == step:
             yield event["event"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_torchrun_hands_a_sigterm_on_and_waits_as_long_as_it_is_told(
+    tmp_path: Path, memory_dir: Path, bucket: dict[str, str], s3_client: S3Client
+) -> None:
+    env = {**bucket, "CHECKPOINT_MEMORY": str(memory_dir / "tier")}
+    told = ("--shutdown-timeout=110",)
+    with torchrun(tmp_path, "spot.yaml", "--steps=1000000", env=env, launcher=told) as running:
+        assert running.stdout is not None
+        while not running.stdout.readline().startswith("step 20: "):
+            assert running.poll() is None
+        running.send_signal(signal.SIGTERM)
+        printed, _ = running.communicate(timeout=110)
+    assert running.returncode == 1
+    stopped = re.search(r"^stopped after step (\d+)\n\Z", printed, re.MULTILINE)
+    assert stopped is not None, printed
+    assert s3_steps(s3_client, bucket["CHECKPOINTS"])[-1] == int(stopped[1])
 
 
 @pytest.mark.xdist_group("ranks")
