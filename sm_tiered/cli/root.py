@@ -26,6 +26,9 @@ _SetOption = Annotated[
 
 EXITS = "Exit status: 0 all right, 1 a tier did not answer or nothing is there, 2 usage or recipe, 3 damage."
 
+_RECIPES = frozenset({"recipe", "sources"})
+"""Parameters that name a recipe."""
+
 
 class _App(typer.Typer):
     """Every command that takes a recipe takes ``--set`` too, without a word of its own."""
@@ -43,7 +46,7 @@ class _App(typer.Typer):
 def _with_set(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function, eval_str=True)
     parameters = list(signature.parameters.values())
-    if not any(parameter.annotation == RecipePath for parameter in parameters):
+    if not _RECIPES & set(signature.parameters):
         return function
 
     @functools.wraps(function)
