@@ -96,9 +96,7 @@ class Line:
         if self.current is None:
             self._looked_at = (seen, restored, chosen)
 
-    def _open(
-        self, seen: Survey, *, parent: CheckpointId | None, chosen: bool, source: str | None = None
-    ) -> None:
+    def _open(self, seen: Survey, *, parent: CheckpointId | None, chosen: bool, source: str | None = None) -> None:
         known = [*seen.seen, *([self.current] if self.current else [])]
         proposal = lineage.next_attempt(known, utc_secs=int(time.time()), nonce=secrets.token_hex(4))
         attempt = layout.parse_attempt(self._group.gather(str(proposal))[0])
