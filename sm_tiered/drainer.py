@@ -195,7 +195,7 @@ def _run(memory: MemoryTier, namespace: str, lock: FileLock, stopping: list[int]
     targets = _Targets(memory, queue, events)
     drain = Drain(memory, queue, target=targets.target, compose=finisher, events=events)
     for entry in queue.entries():
-        with suppress(TieredError):  # `target` fails of it too, and that is told
+        with suppress(TieredError, ValueError):  # `target` fails of it too, and that is told
             targets.recipe(entry)
     busy_at = time.monotonic()
     # When somebody deleted the directory, another drainer works on what stands there now.

@@ -65,8 +65,8 @@ class Publisher:
 
     def __init__(self, memory: Tier) -> None:
         self._memory = memory
-        self._sizes: dict[str, dict[str, int]] = {}
-        """By tier and key, what stands there."""
+        self._sizes: dict[int, tuple[Tier, dict[str, int]]] = {}
+        """By tier, for two recipes may call theirs alike: what stands there, by key."""
 
     def publish(self, tier: Tier) -> None:
         """Bring to *tier* what has grown since the last time.
@@ -76,10 +76,9 @@ class Publisher:
         Raises:
             TierError: *tier* did not take it.
         """
-        sizes = self._sizes.get(tier.name)
-        if sizes is None:
-            sizes = {entry.key: entry.size for entry in tier.list(f"{layout.EVENTS}/")}
-            self._sizes[tier.name] = sizes
+        if id(tier) not in self._sizes:
+            self._sizes[id(tier)] = tier, {entry.key: entry.size for entry in tier.list(f"{layout.EVENTS}/")}
+        _, sizes = self._sizes[id(tier)]
         for entry, file in telling(self._memory.list(f"{layout.EVENTS}/")):
             if not file.nonce or not 0 < entry.size <= _PUBLISHED_BYTES or sizes.get(entry.key) == entry.size:
                 continue
@@ -94,7 +93,7 @@ def _parsed(entry: Entry) -> EventFile | None:
 
 
 def _files(events: Path) -> list[EventFile]:
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # no events were told there yet, or none can be: telling says so
         return [file for name in os.listdir(events) if (file := layout.parse_event_file_name(name)) is not None]
     return []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -38,7 +38,7 @@ class Due:
     preempted: bool = False
     """Whether a SIGTERM came to any rank since the last time that was asked."""
     requested: bool = False
-    """Whether somebody has asked for a save, as any rank saw."""
+    """Whether this is the save that somebody has asked for, as any rank saw."""
 
 
 @dataclass(slots=True)
@@ -72,8 +72,12 @@ class Schedule:
     @property
     def metrics(self) -> frozenset[str]:
         """The names of the metrics that policies look at."""
-        kept = chain.from_iterable(wanted_metrics(tier.keep) for tier in self.settings.tiers)
-        return frozenset(kept) | {policy.metric for policy in self._members() if isinstance(policy, WhenImproved)}
+        return self.ranked_by | {policy.metric for policy in self._members() if isinstance(policy, WhenImproved)}
+
+    @property
+    def ranked_by(self) -> frozenset[str]:
+        """The names of the metrics that keep policies rank checkpoints by: whoever gives metrics gives these."""
+        return frozenset(chain.from_iterable(wanted_metrics(tier.keep) for tier in self.settings.tiers))
 
     def _policies(self) -> list[SavePolicy]:
         return [tier.save for tier in self.settings.tiers if tier.save is not None]
@@ -112,9 +116,10 @@ class Schedule:
             seen = replace(context, preempted=agreed.preempted, requested=agreed.requested)
             _, tiers = self._decide(seen, mine)
             self.preempted |= agreed.preempted
-        if agreed.requested:
+        answered = agreed.requested and bool(tiers)  # until then it waits, where another policy has a say too
+        if answered:
             self.requests.take()
-        return Due(tiers=tiers, preempted=agreed.preempted, requested=agreed.requested)
+        return Due(tiers=tiers, preempted=agreed.preempted, requested=answered)
 
     def _decide(self, context: SaveContext, offer: Offer) -> tuple[Agreed, frozenset[str]]:
         """Let rank 0 decide and all ranks hear of it. Collective."""
@@ -152,12 +157,17 @@ class Schedule:
         *,
         metrics: Mapping[str, float] | None = None,
         blocked_secs: float | None = None,
+        left_out: Collection[str] = (),
     ) -> None:
-        """Say that *step* was saved to *tiers*, with which metrics, and how long that blocked the training."""
+        """Say that *step* was saved to *tiers*, with which metrics, and how long that blocked the training.
+
+        Those that it was *left_out* on are not asked for it again, and have nothing of it to beat.
+        """
         now = time.time()
         for tier in tiers:
             self._last[tier] = (step, now)
-            self._extremes.setdefault(tier, Extremes()).take(metrics or {})
+            if tier not in left_out:
+                self._extremes.setdefault(tier, Extremes()).take(metrics or {})
         if blocked_secs is not None:
             self._cost.take(blocked_secs)
 

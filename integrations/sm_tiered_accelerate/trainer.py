@@ -138,6 +138,7 @@ class TieredTrainerCallback(TrainerCallback):
         if self._run is not None:  # the training before it has failed
             self._run.leave()
         files = self._open()
+        _check_policies(files)
         self._check_start(files, state)
         self.preempted = False
         self._figures = {}
@@ -263,6 +264,14 @@ def _check_training(args: TrainingArguments, state: TrainerState, model: Any) ->
         raise ConfigError(
             "the model was sharded when it was loaded (distributed_config): the Trainer can't save its optimizer then",
             hint="Load it whole, and shard it with TrainingArguments(fsdp=…).",
+        )
+
+
+def _check_policies(files: TieredFiles) -> None:
+    if files.waits_for_metrics:
+        raise ConfigError(
+            "when_improved can't be served: the Trainer evaluates when a step has been saved already",
+            hint="Set save_strategy='best' in TrainingArguments, and keep: {best: …} in the recipe.",
         )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from sm_tiered import layout
 from sm_tiered.errors import ConfigError, TieredError
 from sm_tiered.events import Preempted, SaveFailed, SaveRequested
+from sm_tiered.figures import left_out
 from sm_tiered.handle import SaveHandle
 from sm_tiered.policies.context import Need, check_metrics
 from sm_tiered.pulse import Pulse
@@ -87,6 +88,11 @@ class SaveLoop(Generic[_Content]):
         return Need.SIGNAL in self._open.schedule.needs
 
     @property
+    def waits_for_metrics(self) -> bool:
+        """Whether a policy of the recipe looks at metrics before it saves."""
+        return Need.METRICS in self._open.schedule.needs
+
+    @property
     def rank(self) -> int:
         """Of this process among those that save together."""
         return self._open.group.rank
@@ -127,7 +133,7 @@ class SaveLoop(Generic[_Content]):
             SaveError: see `save`; with ``on_error: raise`` also what an earlier save failed of.
         """
         engine = self._open
-        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
+        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.ranked_by)
         self._last = (step, state, found)
         due = self.ask(step, metrics=found, epochs_ended=epochs_ended)
         return self.save_due(step, state, due, metrics=found)
@@ -146,7 +152,7 @@ class SaveLoop(Generic[_Content]):
         asked about so, `finish` does not know: *ending* says that the training ends with this step.
         """
         engine = self._open
-        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
+        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.ranked_by)
         ended = layout.check_step(epochs_ended, name="epochs_ended") if epochs_ended is not None else None
         due = engine.schedule.due(step, metrics=found, epochs_ended=ended, ending=ending)
         if due.preempted:
@@ -167,17 +173,15 @@ class SaveLoop(Generic[_Content]):
     ) -> SaveHandle | None:
         """Save *state* as *step* to the tiers that are *due*, as `ask` said; None when none is. Collective.
 
-        *urgent*: durable tiers are queued even behind a step that is still draining, as they are after a SIGTERM or
-        a request.
+        *urgent*: durable tiers are queued even behind a step that is still draining, as they are after a SIGTERM.
 
         Raises: see `save`.
         """
         engine = self._open
-        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.metrics)
+        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=engine.schedule.ranked_by)
         if not due.tiers:
             return None
-        hurry = urgent or due.preempted or due.requested
-        return self._save(step, state, tuple(sorted(due.tiers)), found, urgent=hurry)
+        return self._save(step, state, tuple(sorted(due.tiers)), found, urgent=urgent or due.preempted)
 
     def save(
         self,
@@ -201,7 +205,7 @@ class SaveLoop(Generic[_Content]):
             SaveError: with ``on_error: raise``, what an earlier save failed of.
         """
         named = tuple(sorted(self._open.tiers(tiers)))
-        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=self._open.schedule.metrics)
+        step, found = layout.check_step(step), check_metrics(metrics or {}, wanted=self._open.schedule.ranked_by)
         self._last = (step, state, found)
         return self._save(step, state, named, found, urgent=tiers is not None)
 
@@ -209,7 +213,13 @@ class SaveLoop(Generic[_Content]):
         self, step: int, state: _Content, tiers: tuple[str, ...], metrics: Mapping[str, float], *, urgent: bool
     ) -> SaveHandle:
         handle = self._saver.save(step, state, tiers=tiers, metrics=metrics, urgent=urgent)
-        self._open.schedule.note_saved(step, tiers, metrics=metrics, blocked_secs=handle.blocked_secs)
+        self._open.schedule.note_saved(
+            step,
+            tiers,
+            metrics=metrics,
+            blocked_secs=handle.blocked_secs,
+            left_out=[tier for tier in tiers if left_out(handle, tier)],
+        )
         return handle
 
     def finish(self) -> SaveHandle | None:
@@ -301,8 +311,10 @@ class SaveLoop(Generic[_Content]):
             return
         if error is not None:
             # What the training raised counts; nothing of ours may hide it or make it wait.
-            self._rescue()
-            self.abandon()
+            try:
+                self._rescue()
+            finally:
+                self.abandon()
             return
         try:
             if self._engine.schedule.saves_on_end:
@@ -330,5 +342,5 @@ class SaveLoop(Generic[_Content]):
             tiers = engine.schedule.after_exception(step)
             if tiers:
                 engine.saver.promote_newest(tiers)
-        except TieredError as error:
+        except (TieredError, OSError) as error:
             engine.store.events.emit(SaveFailed(step=step, tier="memory", error=error))

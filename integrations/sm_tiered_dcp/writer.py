@@ -166,7 +166,7 @@ class TieredStorageWriter(StorageWriter, AsyncStager):
             )
 
     def _check_metrics(self) -> None:
-        check_metrics(self._metrics, wanted=self._engine.schedule.metrics)
+        check_metrics(self._metrics, wanted=self._engine.schedule.ranked_by)
 
     def _the_step(self) -> int:
         if self._step is None:

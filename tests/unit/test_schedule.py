@@ -100,6 +100,13 @@ def test_a_metric_has_to_beat_all_that_was_saved_there() -> None:
     assert plan.metrics == {"loss"}
 
 
+def test_what_was_left_out_on_a_tier_has_not_to_be_beaten_there() -> None:
+    plan = schedule({"when_improved": {"metric": "loss", "mode": "min"}})
+    plan.note_saved(10, ["disk"], metrics={"loss": 1.0})
+    plan.note_saved(20, ["disk"], metrics={"loss": 0.5}, left_out=["disk"])
+    assert plan.due(30, metrics={"loss": 0.6}).tiers == {"disk"}
+
+
 def test_what_was_saved_before_a_restart_counts_too() -> None:
     plan = schedule({"when_improved": {"metric": "acc", "mode": "max"}})
     plan.started_from(40, History(extremes={"disk": Extremes({"acc": (0.1, 0.8)})}))
@@ -115,6 +122,21 @@ def test_a_request_is_answered_by_one_save(tmp_path: Path) -> None:
     due = plan.due(2, metrics={})
     assert (due.tiers, due.requested, due.preempted) == ({"disk"}, True, False)
     assert plan.due(3, metrics={}) == module.Due(tiers=frozenset())
+
+
+def test_a_request_waits_until_the_other_policies_agree(tmp_path: Path) -> None:
+    plan = schedule({"all": ["on_request", {"every_n_steps": 100}]})
+    plan.requests = Requests([tmp_path / "save"])
+    (tmp_path / "save").touch()
+    assert plan.due(57, metrics={}) == module.Due(tiers=frozenset())
+    assert plan.due(100, metrics={}) == module.Due(tiers=frozenset({"disk"}), requested=True)
+    assert not (tmp_path / "save").exists()
+
+
+def test_a_metric_may_come_now_and_then_unless_checkpoints_are_ranked_by_it() -> None:
+    keep = {"best": {"metric": "acc", "mode": "max"}}
+    plan = schedule({"when_improved": {"metric": "loss", "mode": "min"}}, keep=keep)
+    assert (plan.metrics, plan.ranked_by) == ({"loss", "acc"}, {"acc"})
 
 
 def test_a_broken_policy_is_told_of_also_when_a_request_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
