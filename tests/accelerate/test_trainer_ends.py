@@ -186,6 +186,18 @@ def test_what_can_not_be_served_is_refused(tmp_path: Path, memory_dir: Path) -> 
         assert words in text
 
 
+def waiting_for_metrics(rank: int, root: Path, which: Any) -> tuple[str, str]:
+    return raised(made(root, which)[0].train)
+
+
+def test_a_policy_that_waits_for_an_evaluation_is_refused(tmp_path: Path, memory_dir: Path) -> None:
+    better = {"when_improved": {"metric": "eval_loss", "mode": "min"}}
+    which = recipe(tmp_path, memory_dir, memory=EACH, disk={"save": better})
+    (found,) = run(0, waiting_for_metrics, tmp_path, which)
+    assert found[0] == "ConfigError"
+    assert "when_improved can't be served" in found[1]
+
+
 def other(rank: int, root: Path, which: Any) -> tuple[str, str]:
     from sm_tiered_dcp.files import BytesFile, FileSet
     from sm_tiered_dcp.tiered_files import TieredFiles
