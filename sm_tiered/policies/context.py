@@ -154,7 +154,7 @@ def check_metrics(metrics: Mapping[str, object], *, wanted: Iterable[str] = ()) 
     if found and missing:
         raise PolicyError(
             f"metric {missing[0]!r} not in metrics; have {_SHORT.repr(sorted(found))}",
-            hint="A policy of the recipe looks at it: pass it with the save, or correct its name in the policy.",
+            hint="keep: best ranks checkpoints by it: pass it with the save, or correct its name in the policy.",
         )
     return found
 

@@ -103,7 +103,8 @@ def same(one: Job, other: Job) -> None:
     ("strategy", "cuts", "tier"),
     [
         ("auto", KILLS[:1], "s3"),
-        ("ddp", ALL, "disk"),
+        ("ddp", KILLS, "disk"),
+        pytest.param("ddp", ALL, "disk", marks=pytest.mark.long),
         pytest.param("auto", KILLS, "s3", marks=pytest.mark.long),
         pytest.param("fsdp2", KILLS, "s3", marks=pytest.mark.long),
         pytest.param("auto", ALL, "disk", marks=pytest.mark.long),
