@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from sm_tiered import layout
-from sm_tiered.cli.app import app
 from sm_tiered.manifest import record_from_json, record_to_json
 from sm_tiered.policies.keep import Latest
 from sm_tiered.records import ItemTable
@@ -33,28 +32,9 @@ from tests.unit.cli_checkpoints import (
     write_recipe,
 )
 
+pytestmark = pytest.mark.usefixtures("plain_terminal")
+
 EVIL = "loss\x1b[31m\x07\x9b2J\u202e\n"
-
-
-@pytest.fixture(autouse=True)
-def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns, no colours."""
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture
-def run() -> Callable[..., Result]:
-    """Run a command."""
-
-    def call(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        assert "Traceback" not in result.output
-        return result
-
-    return call
 
 
 @pytest.fixture

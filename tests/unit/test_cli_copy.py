@@ -16,13 +16,7 @@ from sm_tiered.settings import S3Settings
 from tests.unit.acting import Run, call, document, names_of
 from tests.unit.cli_checkpoints import NAMESPACE, checkpoint, file_of, flip, write_attempt, write_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns, no colours."""
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
+pytestmark = pytest.mark.usefixtures("plain_terminal")
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from sm_tiered.checksum import CHUNK_BYTES
-from sm_tiered.cli.app import app
 from sm_tiered.settings import S3Settings
 from sm_tiered.tensor_diff import measure
 from sm_tiered.tiers import open_tier
@@ -31,26 +30,7 @@ from tests.unit.cli_checkpoints import (
 )
 from tests.unit.tensor_checkpoints import raw, s3_yaml, write_tensors
 
-
-@pytest.fixture(autouse=True)
-def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns, no colours."""
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture
-def run() -> Callable[..., Result]:
-    """Run a command."""
-
-    def call(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        assert "Traceback" not in result.output
-        return result
-
-    return call
+pytestmark = pytest.mark.usefixtures("plain_terminal")
 
 
 def document(result: Result) -> Any:

@@ -15,39 +15,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from sm_tiered import layout
 from sm_tiered.checksum import CHUNK_BYTES
-from sm_tiered.cli.app import app
 from sm_tiered.settings import S3Settings
 from sm_tiered.tiers import open_tier
 from sm_tiered.tiers.base import Tier
 from tests.unit.cli_checkpoints import NAMESPACE, checkpoint, file_of, flip, local_tier, memory_tier, write_recipe
 from tests.unit.tensor_checkpoints import everything_below, raw, s3_yaml, write_tensors
 
+pytestmark = pytest.mark.usefixtures("plain_terminal")
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns, no colours."""
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture
-def run() -> Callable[..., Result]:
-    """Run a command."""
-
-    def call(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        assert "Traceback" not in result.output
-        return result
-
-    return call
 
 
 def zoo() -> dict[str, torch.Tensor]:

@@ -25,13 +25,7 @@ from tests.faults.core_jobs import s3_fields
 from tests.told_runs import NAMESPACE, Teller, as_lines
 from tests.unit.cli_checkpoints import local_tier, memory_tier
 
-
-@pytest.fixture(autouse=True)
-def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns, no colours."""
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
+pytestmark = pytest.mark.usefixtures("plain_terminal")
 
 
 def call(*arguments: object) -> Result:
