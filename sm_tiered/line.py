@@ -20,7 +20,7 @@ from sm_tiered.manifest import attempt_record_to_json
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
 from sm_tiered.resolve import Survey, Tiers, assemble, survey
 from sm_tiered.restore import Restored
-from sm_tiered.settings import S3Settings, Settings
+from sm_tiered.settings import HyperPodSettings, S3Settings, Settings
 from sm_tiered.tiers import open_tier
 from sm_tiered.tiers.base import Tier
 
@@ -154,7 +154,7 @@ class Line:
                 self._settings.namespace,
             )
             for tier in self._settings.durable
-            if isinstance(tier, S3Settings)
+            if isinstance(tier, (S3Settings, HyperPodSettings))
         }
         seen = survey(self._group, replace(self._tiers, durable={**self._tiers.durable, **quick}))
         for tier in quick.values():

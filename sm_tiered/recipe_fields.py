@@ -19,6 +19,7 @@ __all__ = [
     "check_path",
     "check_positive",
     "check_region",
+    "check_service",
     "closest",
     "is_secret",
     "parse_size",
@@ -164,7 +165,27 @@ def check_endpoint(value: str, *, allow_http: bool) -> str:
     Raises:
         ConfigError: otherwise.
     """
-    hint = "Write https://host:port; credentials come from AWS's own chain only."
+    host = _check_address(value, hint="Write https://host:port; credentials come from AWS's own chain only.")
+    if value.startswith("http:") and not allow_http and not _is_loopback(host):
+        raise ConfigError(f"{shown(value)}: plain http leaves this machine", hint="Use https, or set allow_http: true.")
+    return value
+
+
+def check_service(value: str) -> str:
+    """Return *value* when it can be the address of a cluster's own service, which answers plain http.
+
+    Raises:
+        ConfigError: otherwise; what may be a secret is not repeated.
+    """
+    hint = "Write http://host:port, without a path: the service takes no credentials."
+    _check_address(value, hint=hint)
+    if urlsplit(value).path not in ("", "/"):
+        raise ConfigError(f"{shown(value)} has a path", hint=hint)
+    return value.rstrip("/")
+
+
+def _check_address(value: str, *, hint: str) -> str:
+    """Return the host of the http or https address *value*."""
     if "@" in value:
         raise ConfigError("credentials in a URL (value hidden)", hint=hint)
     if "?" in value or "#" in value:
@@ -181,9 +202,7 @@ def check_endpoint(value: str, *, allow_http: bool) -> str:
         raise ConfigError(f"{shown(value)} is no URL: {error}", hint=hint) from error
     if scheme not in ("http", "https") or not host or port == 0:
         raise ConfigError(f"{shown(value)} is no http or https address", hint=hint)
-    if scheme == "http" and not allow_http and not _is_loopback(host):
-        raise ConfigError(f"{shown(value)}: plain http leaves this machine", hint="Use https, or set allow_http: true.")
-    return value
+    return host
 
 
 def check_region(value: str, *, compatible: bool) -> str:

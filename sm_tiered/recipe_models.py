@@ -9,19 +9,27 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sm_tiered.errors import ConfigError
-from sm_tiered.policies import OnException, SavePolicy, members_of
+from sm_tiered.policies import OnException, SavePolicy, members_of, most_kept
 from sm_tiered.recipe_fields import (
     check_bucket_uri,
     check_endpoint,
     check_positive,
     check_region,
+    check_service,
     parse_size,
     shown,
 )
 from sm_tiered.recipe_policies import Directory, Flag, KeepSpec, Number, SaveSpec, Secs, Section, Size, Whole, located
-from sm_tiered.settings import LocalSettings, MemorySettings, S3Settings, TierSettings
+from sm_tiered.settings import (
+    HYPERPOD_URL,
+    HyperPodSettings,
+    LocalSettings,
+    MemorySettings,
+    S3Settings,
+    TierSettings,
+)
 
-__all__ = ["LocalTier", "MemoryTier", "S3Tier", "Tier"]
+__all__ = ["HyperPodTier", "LocalTier", "MemoryTier", "S3Tier", "Tier"]
 
 
 class _TierSection(Section):
@@ -209,5 +217,57 @@ class S3Tier(_TierSection):
         return (*check_bucket_uri(self.uri), self.endpoint_url or "")
 
 
-Tier = Annotated[MemoryTier | LocalTier | S3Tier, Field(discriminator="kind")]
+class ServiceRetry(Retry):
+    """Budget of one request to a service that is soon asked again."""
+
+    attempts: Whole = 3
+    deadline_secs: Secs = 10.0
+
+
+class HyperPodTier(_TierSection):
+    """``kind: hyperpod``."""
+
+    kind: Literal["hyperpod"]
+    url: str = HYPERPOD_URL
+    keep: KeepSpec = KeepSpec(latest=3)
+    unreachable: Literal["skip", "raise"] = "skip"
+    connect_timeout_secs: Secs = 3.0
+    request_timeout_secs: Secs = 30.0
+    retry: ServiceRetry = ServiceRetry()
+    commit_deadline_secs: Secs = 120.0
+
+    @field_validator("url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        return check_service(value)
+
+    @field_validator("keep")
+    @classmethod
+    def _has_a_bound(cls, keep: KeepSpec) -> KeepSpec:
+        if most_kept(keep.policy()) is None:
+            message = "the cluster's memory holds a fixed number of checkpoints, and this policy has no limit"
+            raise ConfigError(message, hint="Write {latest: 3} here and keep others on a durable tier.")
+        return keep
+
+    def settings(self, name: str) -> TierSettings:
+        """The tier's settings."""
+        return HyperPodSettings(
+            name=name,
+            save=self.save_policy(),
+            keep=self.keep.policy(),
+            url=self.url,
+            unreachable=self.unreachable,
+            connect_timeout_secs=self.connect_timeout_secs,
+            request_timeout_secs=self.request_timeout_secs,
+            retry_attempts=self.retry.attempts,
+            retry_deadline_secs=self.retry.deadline_secs,
+            commit_deadline_secs=self.commit_deadline_secs,
+        )
+
+    def place(self) -> tuple[str, ...]:
+        """What no other tier may share."""
+        return (self.url,)
+
+
+Tier = Annotated[MemoryTier | LocalTier | S3Tier | HyperPodTier, Field(discriminator="kind")]
 """Any tier, told apart by its kind."""

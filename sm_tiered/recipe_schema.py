@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from sm_tiered.recipe import Recipe
 from sm_tiered.recipe_fill import REFERENCE
 from sm_tiered.recipe_help import HELP
-from sm_tiered.recipe_models import LocalTier, MemoryTier, S3Tier
+from sm_tiered.recipe_models import HyperPodTier, LocalTier, MemoryTier, S3Tier
 from sm_tiered.recipe_policies import KeepSpec, SaveSpec
 from sm_tiered.recipe_sources import EXTENDS
 
@@ -27,8 +27,8 @@ _Schema = dict[str, object]
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _POLICIES = {"SaveSpec": SaveSpec, "KeepSpec": KeepSpec}
-_TIERS = ("MemoryTier", "LocalTier", "S3Tier")
-_SECTIONS = ("Recipe", *_TIERS, "Encryption", "Retry", "LogSection")
+_TIERS = ("MemoryTier", "LocalTier", "S3Tier", "HyperPodTier")
+_SECTIONS = ("Recipe", *_TIERS, "Encryption", "Retry", "ServiceRetry", "LogSection")
 """What a recipe that extends another one can change in part; policies it replaces."""
 _CHANGE = "Change"
 _TIER_NAME = {"pattern": "^[a-z][a-z0-9_]{0,31}$"}
@@ -187,7 +187,7 @@ def _tier(definitions: Mapping[str, _Schema]) -> _Schema:
 
 
 def _tier_models() -> tuple[type[BaseModel], ...]:
-    return (MemoryTier, LocalTier, S3Tier)
+    return (MemoryTier, LocalTier, S3Tier, HyperPodTier)
 
 
 def _when(kind: _Schema, then: _Schema) -> _Schema:

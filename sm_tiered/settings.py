@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sm_tiered.policies.keep import KeepPolicy, Latest
+from sm_tiered.policies.keep import KeepPolicy, Latest, most_kept
 from sm_tiered.policies.save import SavePolicy
 
-__all__ = ["LocalSettings", "LogSettings", "MemorySettings", "S3Settings", "Settings", "TierSettings"]
+__all__ = [
+    "HYPERPOD_URL",
+    "HyperPodSettings",
+    "LocalSettings",
+    "LogSettings",
+    "MemorySettings",
+    "S3Settings",
+    "Settings",
+    "TierSettings",
+]
+
+HYPERPOD_URL = "http://ai-toolkit-gossip-headless.aws-hyperpod.svc.cluster.local:9200"
+"""Where the in-memory checkpoint service of a SageMaker HyperPod cluster with tiered storage answers its pods."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +83,36 @@ class S3Settings(TierSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HyperPodSettings(TierSettings):
+    """The in-memory checkpoint service of a SageMaker HyperPod cluster: RAM that outlives a node, not the cluster."""
+
+    url: str = HYPERPOD_URL
+    unreachable: str = "skip"
+    """``skip`` or ``raise``: what a restore does when the service does not answer and other tiers have something."""
+    connect_timeout_secs: float = 3.0
+    request_timeout_secs: float = 30.0
+    """One request without progress."""
+    retry_attempts: int = 3
+    retry_deadline_secs: float = 10.0
+    """One operation with all its retries, and a second more for every 4 MiB that it moves."""
+    commit_deadline_secs: float = 120.0
+    """How long a save may be in flight: it is soon followed by the next one."""
+
+    @property
+    def most_kept(self) -> int:
+        """How many checkpoints the keep policy keeps at most."""
+        return most_kept(self.keep) or 1
+
+    @property
+    def slots(self) -> int:
+        """How many steps of a rank the service must hold before it drops the lowest.
+
+        What is kept, the one that was restored from, one on its way, and one whose deletion failed.
+        """
+        return self.most_kept + 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogSettings:
     """Where log lines go besides the handlers that the application has."""
 
@@ -122,5 +164,5 @@ class Settings:
 
     @property
     def durable(self) -> tuple[TierSettings, ...]:
-        """The durable tiers, in recipe order."""
+        """The tiers that outlive a node, in recipe order: what the drainer promotes to."""
         return tuple(tier for tier in self.tiers if not isinstance(tier, MemorySettings))

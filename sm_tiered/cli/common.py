@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from sm_tiered import layout
 from sm_tiered.cli.output import OutputClosedError, clean, note_error
 from sm_tiered.errors import ConfigError, CorruptPartError, FormatError, TieredError
-from sm_tiered.settings import LocalSettings, MemorySettings, S3Settings, Settings, TierSettings
+from sm_tiered.settings import (
+    HyperPodSettings,
+    LocalSettings,
+    MemorySettings,
+    S3Settings,
+    Settings,
+    TierSettings,
+)
 from sm_tiered.tiers.base import Tier
 
 if TYPE_CHECKING:
@@ -121,7 +128,7 @@ def open_for_looking(settings: TierSettings, namespace: str, *, patient: bool = 
         return DirectoryTier(name=settings.name, base=settings.path, namespace=namespace, fsync=False)
     from sm_tiered.tiers import open_tier
 
-    if isinstance(settings, S3Settings) and not patient:
+    if isinstance(settings, (S3Settings, HyperPodSettings)) and not patient:
         settings = replace(
             settings,
             retry_attempts=min(settings.retry_attempts, 3),
@@ -147,13 +154,18 @@ def chosen_tiers(settings: Settings, name: str | None) -> tuple[TierSettings, ..
 
 
 def is_durable(settings: TierSettings) -> bool:
-    """Return whether a checkpoint there needs a manifest."""
+    """Return whether a checkpoint there outlives its node; there it has a manifest."""
     return not isinstance(settings, MemorySettings)
 
 
 def kind_of(settings: TierSettings) -> str:
     """Return the tier's kind, as recipes write it."""
-    kinds: dict[type[TierSettings], str] = {MemorySettings: "memory", LocalSettings: "local", S3Settings: "s3"}
+    kinds: dict[type[TierSettings], str] = {
+        MemorySettings: "memory",
+        LocalSettings: "local",
+        S3Settings: "s3",
+        HyperPodSettings: "hyperpod",
+    }
     return kinds.get(type(settings), type(settings).__name__)
 
 
@@ -161,6 +173,8 @@ def location_of(settings: TierSettings) -> str:
     """Return where the tier is."""
     if isinstance(settings, S3Settings):
         return f"s3://{settings.bucket}/{settings.prefix}" if settings.prefix else f"s3://{settings.bucket}"
+    if isinstance(settings, HyperPodSettings):
+        return settings.url
     return settings.path if isinstance(settings, (MemorySettings, LocalSettings)) else ""
 
 

@@ -15,6 +15,7 @@ from sm_tiered.policies.keep import (
     NewerThanSecs,
     NotKeep,
     ask_keep,
+    most_kept,
     wanted_metrics,
 )
 from sm_tiered.policies.save import AllOf, AnyOf, Not, SavePolicy, ask, members_of, needs_of
@@ -62,6 +63,7 @@ __all__ = [
     "ask_keep",
     "check_metrics",
     "members_of",
+    "most_kept",
     "needs_of",
     "wanted_metrics",
 ]

@@ -25,6 +25,7 @@ __all__ = [
     "NewerThanSecs",
     "NotKeep",
     "ask_keep",
+    "most_kept",
     "wanted_metrics",
 ]
 
@@ -219,6 +220,23 @@ def wanted_metrics(policy: KeepPolicy) -> frozenset[str]:
     if isinstance(policy, (AnyOfKeep, AllOfKeep)):
         return frozenset[str]().union(*(wanted_metrics(member) for member in policy.policies))
     return wanted_metrics(policy.policy) if isinstance(policy, NotKeep) else frozenset()
+
+
+def most_kept(policy: KeepPolicy) -> int | None:
+    """Return how many checkpoints *policy* and the rule of the newest keep at most; None: as many as there are."""
+    if isinstance(policy, Latest):
+        return policy.n
+    if isinstance(policy, Best):
+        return policy.n + 1
+    if isinstance(policy, KeepAtSteps):
+        return len(policy.steps) + 1
+    if isinstance(policy, (AnyOfKeep, AllOfKeep)):
+        counts = [most_kept(member) for member in policy.policies]
+        known = [count for count in counts if count is not None]
+        if isinstance(policy, AllOfKeep):
+            return min(known, default=None)
+        return sum(known) if len(known) == len(counts) else None
+    return None
 
 
 def _with_newest(flags: list[bool]) -> list[bool]:

@@ -6,19 +6,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sm_tiered.errors import ConfigError
-from sm_tiered.settings import LocalSettings, MemorySettings, S3Settings, TierSettings
+from sm_tiered.settings import HyperPodSettings, LocalSettings, MemorySettings, S3Settings, TierSettings
 from sm_tiered.tiers.base import Blob, Chunks, Entry, Tier
+from sm_tiered.tiers.shares import Share, ShareTier
 
 if TYPE_CHECKING:
     from sm_tiered.tiers.wrappers import Retry
 
-__all__ = ["Blob", "Chunks", "Entry", "Tier", "abort_stale_uploads", "open_tier"]
+__all__ = ["Blob", "Chunks", "Entry", "Share", "ShareTier", "Tier", "abort_stale_uploads", "open_tier"]
 
 
 def open_tier(settings: TierSettings, namespace: str, *, on_retry: Callable[[Retry], None] | None = None) -> Tier:
     """Return the tier that *settings* describe, rooted at *namespace*; nothing is asked of it yet.
 
-    S3 comes wrapped in a `RetryingTier`, which tells *on_retry* of each try that it repeats.
+    What is behind a network comes wrapped in a `RetryingTier`, which tells *on_retry* of each try that it repeats.
 
     Raises:
         ConfigError: no tier is of that kind, or a setting can't be used.
@@ -37,6 +38,16 @@ def open_tier(settings: TierSettings, namespace: str, *, on_retry: Callable[[Ret
 
         return RetryingTier(
             S3Tier(settings, namespace),
+            attempts=settings.retry_attempts,
+            deadline_secs=settings.retry_deadline_secs,
+            on_retry=on_retry,
+        )
+    if isinstance(settings, HyperPodSettings):
+        from sm_tiered.tiers.hyperpod import HyperPodTier
+        from sm_tiered.tiers.wrappers import RetryingShareTier
+
+        return RetryingShareTier(
+            HyperPodTier(settings, namespace),
             attempts=settings.retry_attempts,
             deadline_secs=settings.retry_deadline_secs,
             on_retry=on_retry,

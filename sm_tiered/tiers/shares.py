@@ -1,0 +1,54 @@
+"""Tiers whose unit is a share: all that one rank wrote of a checkpoint, in one piece.
+
+Such a tier has no conditional writes and keeps nothing else, so there is no commit record: a share appears whole or not
+at all, and a checkpoint is committed once the shares of all its ranks stand there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from sm_tiered.records import CheckpointId, Part
+from sm_tiered.tiers.base import Chunks, Tier
+
+__all__ = ["Share", "ShareTier"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one rank wrote of one checkpoint."""
+
+    checkpoint: CheckpointId
+    rank: int
+    world: int
+    """How many ranks wrote it."""
+    record: bytes
+    """The record as it stands on every tier: `sm_tiered.manifest.record_to_json`."""
+    parts: tuple[tuple[Part, Chunks], ...] = ()
+    """What the record tells of, replicas left out, and where their bytes come from: each is asked for them twice."""
+
+
+@runtime_checkable
+class ShareTier(Tier, Protocol):
+    """A tier that keeps shares.
+
+    Read, it is a tier like any other: it shows the keys that a directory would have, and the manifest that follows from
+    the records as soon as all of them are there. Written, it takes shares (`put_share`), the records of attempts and
+    records of ranks that failed (`put_if_absent`); it refuses everything else with `TierRefusedError`.
+    """
+
+    def put_share(self, share: Share) -> None:
+        """Write *share*, in the place of what stood there; it appears whole or not at all.
+
+        The record of its attempt should have been put before: it goes into the share too.
+
+        Raises:
+            CorruptPartError: a part gave other bytes than its digests say, or another number of them.
+            TierFullError: the tier would have to drop something to take it.
+        """
+        ...
+
+    def drop(self, checkpoint: CheckpointId) -> None:
+        """Delete the shares of *checkpoint*, rank 0's first: then it is none any more. One that is gone is no error."""
+        ...
