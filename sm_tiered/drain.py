@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from sm_tiered import checksum, layout
+from sm_tiered import layout
 from sm_tiered.commit import Compose, Outcome, put_once, try_commit
-from sm_tiered.crashpoints import crashpoint
-from sm_tiered.drain_progress import DrainProgress
 from sm_tiered.errors import (
-    CorruptPartError,
     DeadlineExceededError,
     FormatError,
-    KeyExistsError,
     KeyNotFoundError,
     RankFailedError,
     SaveError,
@@ -34,11 +30,13 @@ from sm_tiered.errors import (
 from sm_tiered.event_log import Events
 from sm_tiered.events import Committed, PromoteFailed, PromoteStarted, Pruned
 from sm_tiered.inventory import read_records
-from sm_tiered.manifest import MAX_BYTES, record_from_json, record_to_json
+from sm_tiered.manifest import MAX_BYTES, record_to_json
 from sm_tiered.queue import Entry, Queue
-from sm_tiered.records import CheckpointId, Part, Record
+from sm_tiered.records import CheckpointId, Record
+from sm_tiered.sending import Sender
 from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.memory import MemoryTier
+from sm_tiered.tiers.shares import ShareTier
 
 __all__ = ["Drain", "Target"]
 
@@ -90,7 +88,7 @@ class Drain:
         self._memory, self._queue, self._target = memory, queue, target
         self._compose, self._events, self._clock = compose, events, clock
         self._promotions: dict[tuple[CheckpointId, str], _Promotion] = {}
-        self._progress = DrainProgress(memory)
+        self._sender = Sender(memory)
 
     def turn(self) -> float | None:
         """Do what can be done now. Return the seconds until there may be more to do, or None when nothing is queued."""
@@ -133,7 +131,7 @@ class Drain:
                 )
             committed = self._work(promotion)
         except TierUnavailableError as error:
-            if overdue:
+            if overdue or not first.patient:
                 self._end(promotion, error)
                 return True
             promotion.later(self._clock(), longest=30.0)
@@ -153,16 +151,15 @@ class Drain:
         first = promotion.entries[0]
         target = self._target(first)
         for entry in [e for e in promotion.entries if not e.sent and e.rank not in promotion.sent]:
-            promotion.bytes += self._send(entry, target.tier)
+            promotion.bytes += self._send(entry, target)
             promotion.sent.add(entry.rank)
             with suppress(TierFullError):  # then its bytes are held until the commit, and no longer
                 self._queue.mark_sent(entry)
         lead = self._may_commit(promotion)
-        prepared = self._prepared(first)
-        if prepared is None and first.finisher and self._clock() - promotion.begun_at < self._patience(first):
+        compose = self._composer(promotion, target)
+        if compose is None:
             promotion.later(self._clock())
             return False
-        compose = prepared or self._compose(first.finisher)
         outcome = try_commit(target.tier, first.checkpoint, world=first.world, compose=compose, lead=lead)
         if outcome is Outcome.WAITING:
             promotion.later(self._clock())
@@ -170,6 +167,26 @@ class Drain:
         if outcome is Outcome.DELETED:
             raise SaveError("retention deleted it before it was whole", step=first.checkpoint.step, tier=first.tier)
         return True
+
+    def _send(self, entry: Entry, target: Target) -> int:
+        try:
+            return self._sender.send(entry, target.tier)
+        except TierFullError:
+            if not isinstance(target.tier, ShareTier):
+                raise
+            # Its service would drop what is lowest: what is not wanted any more has to go before.
+            self._prune(entry)
+            return self._sender.send(entry, target.tier)
+
+    def _composer(self, promotion: _Promotion, target: Target) -> Compose | None:
+        """Who makes the files for other readers; None: the trainers may be about to leave them."""
+        first = promotion.entries[0]
+        if isinstance(target.tier, ShareTier):
+            return lambda records: {}
+        prepared = self._prepared(first)
+        if prepared is None and first.finisher and self._clock() - promotion.begun_at < self._patience(first):
+            return None
+        return prepared or self._compose(first.finisher)
 
     def _patience(self, entry: Entry) -> float:
         """How long to leave the files for other readers to the trainers: a child of our own costs seconds of CPU."""
@@ -193,54 +210,6 @@ class Drain:
         now = self._clock()
         promotion.complete_since = promotion.complete_since or now
         return now - promotion.complete_since > _TAKEOVER_SECS
-
-    def _send(self, entry: Entry, tier: Tier) -> int:
-        """Upload one rank's parts, then its record; return how many bytes that were."""
-        key = layout.in_dir(entry.checkpoint, layout.record_name(entry.rank))
-        try:
-            data = self._memory.get(key, max_bytes=MAX_BYTES).data
-        except KeyNotFoundError as error:
-            raise SaveError(
-                "its record is gone from memory", step=entry.checkpoint.step, tier=entry.tier, rank=entry.rank
-            ) from error
-        record = record_from_json(data)
-        if _stands(tier, key, data):
-            return 0
-        parts = [part for part in record.parts if not part.replica]
-        self._send_file_list(entry, tier)
-        sent = 0
-        for part in parts:
-            crashpoint("promote.before_part")
-            self._send_part(entry, part, tier, sent)
-            sent += part.size
-            crashpoint("promote.after_part")
-        if not put_once(tier, key, data):
-            raise KeyExistsError(f"another record of rank {entry.rank} stands there", tier=entry.tier, key=key)
-        crashpoint("promote.after_record")
-        return sent
-
-    def _send_file_list(self, entry: Entry, tier: Tier) -> None:
-        """Before the files that it tells of: should this never be committed, retention knows them by it."""
-        key = layout.in_dir(entry.checkpoint, layout.file_list_name(entry.rank))
-        with suppress(KeyNotFoundError):
-            tier.put(key, self._memory.get(key, max_bytes=MAX_BYTES).data)
-
-    def _send_part(self, entry: Entry, part: Part, tier: Tier, before: int) -> None:
-        """*before*: bytes of the rank's parts that are there already."""
-        key = layout.in_dir(entry.checkpoint, part.name)
-        with self._memory.open_part(key) as source:
-            if source.size != part.size:
-                raise CorruptPartError(f"{key} has {source.size} bytes, recorded {part.size}", tier="memory", key=key)
-
-            def read() -> Iterator[memoryview]:
-                for start in range(0, part.size, checksum.CHUNK_BYTES):
-                    self._progress.tell(entry, before + start)
-                    yield memoryview(source.pread(start, min(checksum.CHUNK_BYTES, part.size - start)))
-
-            def chunks() -> Iterator[memoryview]:
-                return checksum.verified(read(), part.chunks, key)
-
-            tier.put_part(key, chunks, part.size)
 
     def _end(self, promotion: _Promotion, error: TieredError | None) -> None:
         first, secs = promotion.entries[0], self._clock() - promotion.begun_at
@@ -282,11 +251,3 @@ class Drain:
             return
         if gone:
             self._events.emit(Pruned(tier=entry.tier, steps=tuple(c.step for c in gone)))
-
-
-def _stands(tier: Tier, key: str, data: bytes) -> bool:
-    """Whether this very record is there: it is written after the parts, so then they are there too."""
-    try:
-        return tier.get(key, max_bytes=MAX_BYTES).data == data
-    except KeyNotFoundError:
-        return False

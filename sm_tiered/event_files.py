@@ -19,6 +19,7 @@ from sm_tiered import layout
 from sm_tiered.errors import KeyNotFoundError
 from sm_tiered.layout import EventFile
 from sm_tiered.tiers.base import Entry, Tier
+from sm_tiered.tiers.shares import ShareTier
 
 __all__ = ["LAUNCHES_KEPT", "OLD_BYTES_KEPT", "Publisher", "begin_launch", "of_drainer", "telling"]
 
@@ -69,13 +70,15 @@ class Publisher:
         """By tier, for two recipes may call theirs alike: what stands there, by key."""
 
     def publish(self, tier: Tier) -> None:
-        """Bring to *tier* what has grown since the last time.
+        """Bring to *tier* what has grown since the last time, if it keeps files.
 
         Lines are only ever added, so what is as long as here is the same.
 
         Raises:
             TierError: *tier* did not take it.
         """
+        if isinstance(tier, ShareTier):
+            return
         if id(tier) not in self._sizes:
             self._sizes[id(tier)] = tier, {entry.key: entry.size for entry in tier.list(f"{layout.EVENTS}/")}
         _, sizes = self._sizes[id(tier)]

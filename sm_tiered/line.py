@@ -159,7 +159,7 @@ class Line:
         seen = survey(self._group, replace(self._tiers, durable={**self._tiers.durable, **quick}))
         for tier in quick.values():
             tier.close()
-        for name, reason in seen.unreachable.items():
+        for name, reason in {**seen.unreachable, **seen.skipped}.items():
             self._events.emit(TierUnreachable(tier=name, error=reason))
         return seen
 

@@ -132,7 +132,8 @@ class Promotions:
                     world=group.world,
                     recipe=recipe,
                     finisher=self._store.finisher.module,
-                    deadline_at=time.time() + settings.commit_deadline_secs,
+                    deadline_at=time.time() + settings.commit_deadline(tier),
+                    patient=settings.is_patient(tier),
                 )
                 queue.put(entry)
                 self._handed.add((checkpoint, tier))

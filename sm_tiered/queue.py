@@ -43,6 +43,8 @@ class Entry:
     """Module that makes the files for other readers; empty: none are made."""
     deadline_at: float
     """UTC seconds by this node's clock: when the promotion is given up."""
+    patient: bool = True
+    """Whether a tier that does not answer is asked until then; else its own retries are all."""
     sent: bool = False
     """Parts and record are on the tier; what is left is the commit."""
 
@@ -156,6 +158,7 @@ def _entry(data: bytes, *, sent: bool) -> Entry:
             recipe=str(fields["recipe"]),
             finisher=str(fields["finisher"]),
             deadline_at=float(str(fields["deadline_at"])),
+            patient=fields.get("patient", True) is not False,
             sent=sent,
         )
     except (ValueError, KeyError, TypeError) as error:

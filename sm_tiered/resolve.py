@@ -5,7 +5,7 @@ All of this is collective and touches no state. `sm_tiered.restore` walks the ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Record
 from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.memory import MemoryTier
 
-__all__ = ["Candidate", "Survey", "Tiers", "assemble", "survey", "unreachable"]
+__all__ = ["Candidate", "Survey", "Tiers", "assemble", "survey", "unknown", "unreachable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,13 @@ class Tiers:
     """By name, in recipe order."""
     compose: Compose
     """Makes the files for other readers when a commit is made here."""
+    optional: frozenset[str] = frozenset()
+    """Those of *durable* whose silence does not end a restore while others have something."""
+
+    def without(self, names: Iterable[str]) -> Tiers:
+        """Return the others."""
+        gone = frozenset(names)
+        return replace(self, durable={name: tier for name, tier in self.durable.items() if name not in gone})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +62,8 @@ class Survey:
     """Attempts of whose record there are only damaged copies."""
     unreachable: Mapping[str, str]
     """Tiers that did not answer, with the reason."""
+    skipped: Mapping[str, str]
+    """Optional tiers that did not: what they hold is not known, and others may do."""
     nodes: tuple[str | None, ...]
     """For each rank, which memory directory it has: the same text means the same directory."""
 
@@ -108,7 +117,8 @@ def survey(group: Group, tiers: Tiers) -> Survey:
         attempts=attempts,
         seen=frozenset(seen | {checkpoint.attempt for checkpoint in found}),
         damaged=frozenset(damaged - set(attempts)),
-        unreachable=unreachable,
+        unreachable={name: reason for name, reason in unreachable.items() if name not in tiers.optional},
+        skipped={name: reason for name, reason in unreachable.items() if name in tiers.optional},
         nodes=tuple(view["node"] for view in views),
     )
 
@@ -157,7 +167,9 @@ def assemble(group: Group, tiers: Tiers, seen: Survey, checkpoint: CheckpointId)
     in_memory = dict(own) if one_node and not any(shares) else _merged(shares)
     troubles = [view["trouble"] for view in views if view["trouble"]]
     found = _candidate(checkpoint, in_memory, views[0]["durable"], troubles)
-    silent = tuple(name for name, view in views[0]["durable"].items() if view.get("unreachable"))
+    silent = tuple(
+        name for name, view in views[0]["durable"].items() if view.get("unreachable") and name not in tiers.optional
+    )
     return replace(found, near=found.near & frozenset(own), unreachable=silent)
 
 
@@ -261,5 +273,14 @@ def unreachable(name: str, reason: str) -> TierUnavailableError:
     return TierUnavailableError(
         f"can't tell what is newest: tier {name} did not answer ({reason})",
         hint="Try again, or set `unreachable: use_memory` to go on from a complete memory step of the newest attempt.",
+        tier=name,
+    )
+
+
+def unknown(name: str, reason: str) -> TierUnavailableError:
+    """Return the error that says that no tier has anything but, perhaps, the optional tier *name*."""
+    return TierUnavailableError(
+        f"can't tell whether anything was saved: tier {name} did not answer ({reason}), and nothing else was found",
+        hint="Try again. Where nothing can be there, take the tier out of the recipe for this start.",
         tier=name,
     )

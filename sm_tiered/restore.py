@@ -16,7 +16,7 @@ from sm_tiered.event_log import Events
 from sm_tiered.events import CandidateRefused, CopyRefused, TierUnreachable
 from sm_tiered.group import Group
 from sm_tiered.records import CheckpointId
-from sm_tiered.resolve import Candidate, Survey, Tiers, assemble, unreachable
+from sm_tiered.resolve import Candidate, Survey, Tiers, assemble, unknown, unreachable
 from sm_tiered.sources import Room
 from sm_tiered.voted_load import Loader, Walk, load
 
@@ -65,7 +65,7 @@ def walk(
     begun, reasons = time.monotonic(), list[str]()
     _check_reachable(tiers, seen, events, use_memory=use_memory)
     chosen = seen.candidates if step is None else _with_step(seen, step)
-    state = Walk(group=group, tiers=tiers, loader=loader, room=room, use_memory=use_memory)
+    state = Walk(group=group, tiers=tiers.without(seen.skipped), loader=loader, room=room, use_memory=use_memory)
     if seen.unreachable:
         state.without_durable(unreachable(*next(iter(seen.unreachable.items()))))
     # An attempt that began from a checkpoint tells of it even where nothing else is left.
@@ -92,12 +92,14 @@ def walk(
     if step is None and seen.damaged:
         reasons.append(f"the record of {max(seen.damaged)} is damaged: what it continues can't be told")
         watermarked = True
+    if seen.skipped and not state.placed:
+        raise unknown(*next(iter(seen.skipped.items())))
     return _nothing(state, reasons, watermarked=watermarked, step=step)
 
 
 def _check_reachable(tiers: Tiers, seen: Survey, events: Events, *, use_memory: bool) -> None:
     """Refuse to guess what a tier holds that does not answer, unless memory may do."""
-    for name, reason in seen.unreachable.items():
+    for name, reason in {**seen.unreachable, **seen.skipped}.items():
         events.emit(TierUnreachable(tier=name, error=reason))
     near = tiers.memory.name if tiers.memory is not None else None
     if seen.unreachable and (not use_memory or near in seen.unreachable):
@@ -132,7 +134,7 @@ def _with_step(seen: Survey, step: int) -> list[CheckpointId]:
     line = [checkpoint for checkpoint in seen.candidates if checkpoint.step == step]
     others = {checkpoint for checkpoint in seen.found if checkpoint.step == step} - set(line)
     found = [*line, *sorted(others, reverse=True)]
-    if found or seen.unreachable:
+    if found or seen.unreachable or seen.skipped:
         return found
     steps: dict[str, list[int]] = {}
     for checkpoint, names in sorted(seen.found.items(), reverse=True):

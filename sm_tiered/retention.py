@@ -19,6 +19,7 @@ from sm_tiered.policies.context import CommittedCheckpoint
 from sm_tiered.policies.keep import KeepPolicy, ask_keep
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Manifest
 from sm_tiered.tiers.base import Tier
+from sm_tiered.tiers.shares import ShareTier
 
 __all__ = ["TOMBSTONE_SECS", "Kept", "Plan", "apply", "plan", "would_keep"]
 
@@ -94,9 +95,9 @@ def plan(
 ) -> Plan:
     """Return what may be deleted by a drainer of *attempt*: nothing unless that is the newest attempt on the tier.
 
-    Never deleted are pinned checkpoints, the parent of any attempt, the newest committed one, what is known to be
-    *in_flight*, and what was never committed and was written to less than *in_flight_secs* before the newest, by the
-    tier's own clock.
+    Never deleted are pinned checkpoints, the parent of any attempt (on a `ShareTier`: of *attempt*), the newest
+    committed one, what is known to be *in_flight*, and what was never committed and was written to less than
+    *in_flight_secs* before the newest, by the tier's own clock.
     """
     listed = list_checkpoints(tier)
     manifests = {checkpoint: _manifest(tier, checkpoint) for checkpoint in listed}
@@ -113,7 +114,7 @@ def plan(
             f"the record of {min(damaged)} is damaged: what it continues must not be deleted, and can't be told",
             hint="Look with `sm-tiered verify`; with that record removed, retention goes on.",
         )
-    protected = found.pins | _parents(attempts)
+    protected = found.pins | _protected_parents(tier, attempts, attempt)
     wanted = _wanted(committed, manifests, keep) | protected
     clock = _modified_at(tier, max(c for c in committed if c.attempt == attempt))
     stale = [c for c in _stale(tier, found, attempt, in_flight_secs) if c not in in_flight]
@@ -140,6 +141,8 @@ def apply(
 
     What was pinned since the plan was made stays, and a newer attempt ends it: that may have begun from what is next.
     """
+    if isinstance(tier, ShareTier):
+        return _drop(tier, chosen, told)
     for checkpoint, manifest in chosen.revive.items():
         revive(tier, checkpoint, manifest)
     done: list[CheckpointId] = []
@@ -160,6 +163,21 @@ def apply(
             return done
     for checkpoint in chosen.bury:
         tier.delete([layout.in_dir(checkpoint, layout.MANIFEST)])
+    tier.delete(layout.attempt_key(attempt) for attempt in chosen.forget)
+    return done
+
+
+def _drop(tier: ShareTier, chosen: Plan, told: Callable[[CheckpointId], None] | None) -> list[CheckpointId]:
+    """One share less and a checkpoint is none: no tombstone has to say so first."""
+    done: list[CheckpointId] = []
+    for checkpoint in chosen.delete:
+        if _overtaken(tier, chosen):
+            return done
+        tier.drop(checkpoint)
+        crashpoint("retention.after_delete")
+        done.append(checkpoint)
+        if told is not None:
+            told(checkpoint)
     tier.delete(layout.attempt_key(attempt) for attempt in chosen.forget)
     return done
 
@@ -201,6 +219,13 @@ def _wanted(
         if (m := manifests[c]) is not None
     ]
     return {c for c, wanted in zip(ordered, ask_keep(keep, facts), strict=True) if wanted}
+
+
+def _protected_parents(tier: Tier, attempts: Mapping[Attempt, AttemptRecord], asking: Attempt) -> set[CheckpointId]:
+    """What attempts went on from. Where room is for a fixed number, only what the newest did: its line is the one."""
+    if isinstance(tier, ShareTier):
+        attempts = {attempt: record for attempt, record in attempts.items() if attempt == asking}
+    return _parents(attempts)
 
 
 def _parents(attempts: Mapping[Attempt, AttemptRecord]) -> set[CheckpointId]:

@@ -166,3 +166,20 @@ class Settings:
     def durable(self) -> tuple[TierSettings, ...]:
         """The tiers that outlive a node, in recipe order: what the drainer promotes to."""
         return tuple(tier for tier in self.tiers if not isinstance(tier, MemorySettings))
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """The tiers that a restore goes on without, when they do not answer and others have something."""
+        services = (tier for tier in self.tiers if isinstance(tier, HyperPodSettings))
+        return frozenset(tier.name for tier in services if tier.unreachable == "skip")
+
+    def is_patient(self, tier: str) -> bool:
+        """Whether a save waits for *tier* to come back: not where the next one soon takes its place."""
+        return not any(isinstance(known, HyperPodSettings) and known.name == tier for known in self.tiers)
+
+    def commit_deadline(self, tier: str) -> float:
+        """How long a save to *tier* may be in flight, in seconds."""
+        for known in self.tiers:
+            if isinstance(known, HyperPodSettings) and known.name == tier:
+                return min(known.commit_deadline_secs, self.commit_deadline_secs)
+        return self.commit_deadline_secs

@@ -264,7 +264,8 @@ def open_part(
             source = _fetch(tiers.durable[name], candidate, part, chunks, room)
         except TierError as error:
             problems.append(f"{name}: {error.message}")
-            silent = name if isinstance(error, TierUnavailableError) else silent
+            if isinstance(error, TierUnavailableError) and name not in tiers.optional:
+                silent = name
         else:
             if problems and passed_over is not None:
                 passed_over.append(f"part {part.name}: {'; '.join(problems)}")

@@ -40,7 +40,7 @@ from sm_tiered.launch import agree_on_launch, read_probe, wait_for_others
 from sm_tiered.line import Line
 from sm_tiered.queue import Queue
 from sm_tiered.records import CheckpointId
-from sm_tiered.resolve import Survey, Tiers, survey
+from sm_tiered.resolve import Survey, Tiers, survey, unknown
 from sm_tiered.restore import Restored, walk
 from sm_tiered.settings import MemorySettings, Settings
 from sm_tiered.sources import Place, Room
@@ -80,7 +80,7 @@ class Store:
         self.all_or_none(
             lambda: durable.update({tier.name: open_tier(tier, settings.namespace) for tier in settings.durable})
         )
-        self.tiers = Tiers(memory=memory, durable=durable, compose=self.finisher.compose)
+        self.tiers = Tiers(memory=memory, durable=durable, compose=self.finisher.compose, optional=settings.optional)
         path = event_files.begin_launch(Path(memory.root), launch=self._launch, rank=group.rank) if memory else None
         self.events = Events(namespace=settings.namespace, rank=group.rank, path=path)
         self.arena = Arena(memory, rank=group.rank, on_map=on_map) if memory else None
@@ -271,14 +271,18 @@ class Store:
         """Return the newest step that this process sees complete on any tier, or None. Not collective.
 
         Raises:
-            TierUnavailableError: a durable tier did not answer.
+            TierUnavailableError: a durable tier did not answer, or an optional one where no other has anything.
         """
-        for checkpoint in self._survey(SoloGroup()).candidates:
-            if self.tiers.memory and read_holding(self.tiers.memory, checkpoint, durable=False).problem is None:
+        seen = self._survey(SoloGroup())
+        tiers = self.tiers.without(seen.skipped)
+        for checkpoint in seen.candidates:
+            if tiers.memory and read_holding(tiers.memory, checkpoint, durable=False).problem is None:
                 return checkpoint.step
-            for tier in self.tiers.durable.values():
+            for tier in tiers.durable.values():
                 if read_holding(tier, checkpoint, durable=True).problem is None:
                     return checkpoint.step
+        for name, reason in seen.skipped.items():
+            raise unknown(name, reason)
         return None
 
     def unused_step(self) -> int:

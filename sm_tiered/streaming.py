@@ -22,8 +22,9 @@ from sm_tiered.manifest import record_to_json
 from sm_tiered.parts import PartSource
 from sm_tiered.records import Part, Record
 from sm_tiered.store import Store
-from sm_tiered.tiers.base import Tier
+from sm_tiered.tiers.base import Chunks, Tier
 from sm_tiered.tiers.file_list import put_file_list
+from sm_tiered.tiers.shares import Share, ShareTier
 from sm_tiered.worker import Worker
 
 __all__ = ["Streamer", "stream"]
@@ -107,6 +108,8 @@ def stream(tier: Tier, parts: Sequence[PartSource], record: Record, *, timeout_s
     """
     end = time.monotonic() + timeout_secs
     own = [part for part in parts if not part.replica]
+    if isinstance(tier, ShareTier):
+        return _stream_share(tier, own, record, end)
     put_file_list(tier, record, own)
     written = tuple(_stream_part(tier, part, record, end) for part in own)
     full = replace(record, parts=written, tables=tuple(part.table for part in own))
@@ -116,18 +119,45 @@ def stream(tier: Tier, parts: Sequence[PartSource], record: Record, *, timeout_s
     return full
 
 
+def _stream_share(tier: ShareTier, own: Sequence[PartSource], record: Record, end: float) -> Record:
+    """Hash first: what tells of the parts goes ahead of them."""
+    hashed: list[tuple[Part, Chunks]] = []
+    for part in own:
+        digests: list[str] = []
+        for _ in _hashed(_in_time(part, end)(), digests):
+            pass
+        hashed.append((Part(name=part.name, size=part.size, chunks=tuple(digests)), _in_time(part, end)))
+    full = replace(record, parts=tuple(part for part, _ in hashed), tables=tuple(part.table for part in own))
+    share = Share(
+        checkpoint=record.checkpoint,
+        rank=record.rank,
+        world=record.world,
+        record=record_to_json(full),
+        parts=tuple(hashed),
+    )
+    tier.put_share(share)
+    return full
+
+
 def _stream_part(tier: Tier, part: PartSource, record: Record, end: float) -> Part:
     digests: list[str] = []
 
     def chunks() -> Iterator[memoryview]:
         digests.clear()
-        for chunk in _hashed(part.chunks(), digests):
+        return _hashed(_in_time(part, end)(), digests)
+
+    tier.put_part(layout.in_dir(record.checkpoint, part.name), chunks, part.size)
+    return Part(name=part.name, size=part.size, chunks=tuple(digests))
+
+
+def _in_time(part: PartSource, end: float) -> Chunks:
+    def chunks() -> Iterator[memoryview]:
+        for chunk in part.chunks():
             if time.monotonic() > end:
                 raise DeadlineExceededError("the memory tier can't be used and the durable one is too slow")
             yield chunk
 
-    tier.put_part(layout.in_dir(record.checkpoint, part.name), chunks, part.size)
-    return Part(name=part.name, size=part.size, chunks=tuple(digests))
+    return chunks
 
 
 def _hashed(pieces: Iterator[memoryview], digests: list[str]) -> Iterator[memoryview]:

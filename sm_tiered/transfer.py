@@ -8,8 +8,8 @@ they name the one that they belong to; parts are the same bytes everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from sm_tiered import layout
@@ -27,8 +27,9 @@ from sm_tiered.manifest import MAX_BYTES, compose_manifest, manifest_to_json, re
 from sm_tiered.part_reading import open_verified
 from sm_tiered.records import CheckpointId, Manifest, Part, Record
 from sm_tiered.resealing import reseal_attempt, reseal_index, reseal_record
-from sm_tiered.tiers.base import Tier
+from sm_tiered.tiers.base import Chunks, Tier
 from sm_tiered.tiers.conditions import check_conditions
+from sm_tiered.tiers.shares import Share, ShareTier
 
 __all__ = ["Copied", "Progress", "clear_failed", "copy_checkpoint", "is_indexed"]
 
@@ -191,7 +192,8 @@ class _Copy:
             data = self.source.get(layout.attempt_key(attempt), max_bytes=MAX_BYTES).data
             sealed = reseal_attempt(data, self.namespace)
         except (KeyNotFoundError, FormatError, CorruptPartError):
-            check_conditions(self.target, layout.CONDITIONS)
+            if not isinstance(self.target, ShareTier):
+                check_conditions(self.target, layout.CONDITIONS)
             return
         publish_attempt(self.target, attempt, sealed)
 
@@ -199,12 +201,31 @@ class _Copy:
         key = layout.in_dir(self.checkpoint, layout.record_name(rank))
         record = record_from_json(data)
         trusted = self._holds(key, data)
+        if isinstance(self.target, ShareTier):
+            self._bring_share(self.target, record, data, trusted=trusted)
+            return
         self._bring_file_list(rank)
         for part in record.parts:
             if not part.replica:
                 self._bring_part(part, trusted=trusted)
         if not trusted:
             self._bring_record(key, record, data)
+
+    def _bring_share(self, target: ShareTier, record: Record, data: bytes, *, trusted: bool) -> None:
+        parts = [part for part in record.parts if not part.replica]
+        if trusted:
+            self.found += sum(part.size for part in parts)
+            return
+        with ExitStack() as stack:
+            opened: list[tuple[Part, Chunks]] = []
+            for part in parts:
+                opened.append((part, stack.enter_context(self._opened(part, sum(p.size for p, _ in opened)))))
+            target.put_share(
+                Share(
+                    checkpoint=self.checkpoint, rank=record.rank, world=record.world, record=data, parts=tuple(opened)
+                )
+            )
+        self.sent += sum(part.size for part in parts)
 
     def _holds(self, key: str, data: bytes) -> bool:
         """Whether this very record stands there: it is written after the parts, so then they came whole."""
@@ -226,6 +247,14 @@ class _Copy:
             self.found += part.size
             self.progress(before + part.size, self.total)
             return
+        with self._opened(part, 0) as chunks:
+            self.target.put_part(key, chunks, part.size)
+        self.sent += part.size
+
+    @contextmanager
+    def _opened(self, part: Part, ahead: int) -> Generator[Chunks, None, None]:
+        """Give what reads *part*, verified; *ahead*: bytes of what goes before it and does not count as sent yet."""
+        key, before = layout.in_dir(self.checkpoint, part.name), self.sent + self.found + ahead
         with open_verified(self.source, self.checkpoint, part) as read:
 
             def chunks() -> Iterator[memoryview]:
@@ -235,8 +264,7 @@ class _Copy:
                     done += len(chunk)
                     self.progress(before + done, self.total)
 
-            self.target.put_part(key, chunks, part.size)
-        self.sent += part.size
+            yield chunks
 
     def _still_there(self, chunks: Iterator[memoryview], key: str) -> Iterator[memoryview]:
         """*chunks* of the source; that a part is missing is damage only while the checkpoint counts as one."""
@@ -276,6 +304,8 @@ class _Copy:
 
     def _derived(self) -> Mapping[str, bytes]:
         """The files for other readers: as the source has them, else made anew."""
+        if isinstance(self.target, ShareTier):
+            return {}
         found: dict[str, bytes] = {}
         for name in (layout.METADATA, layout.INDEX):
             with suppress(KeyNotFoundError):

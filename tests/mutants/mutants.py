@@ -28,9 +28,9 @@ class Mutant:
 MUTANTS = (
     Mutant(
         name="the record goes up before its parts",
-        path="sm_tiered/drain.py",
-        old="        parts = [part for part in record.parts if not part.replica]\n",
-        new="        put_once(tier, key, data)\n        parts = [part for part in record.parts if not part.replica]\n",
+        path="sm_tiered/sending.py",
+        old="        self._send_file_list(entry, tier)\n        sent = 0\n",
+        new="        put_once(tier, key, data)\n        sent = 0\n",
         tests=(f"{PROMISES}::test_a_record_never_stands_where_its_part_does_not",),
     ),
     Mutant(
@@ -84,9 +84,9 @@ MUTANTS = (
     ),
     Mutant(
         name="digests of what is promoted are not looked at",
-        path="sm_tiered/drain.py",
-        old="return checksum.verified(read(), part.chunks, key)",
-        new="return read()",
+        path="sm_tiered/sending.py",
+        old="yield lambda: checksum.verified(read(), part.chunks, key)",
+        new="yield read",
         tests=(f"{PROMISES}::test_what_was_damaged_in_memory_is_not_promoted",),
     ),
     Mutant(

@@ -1,0 +1,117 @@
+"""Sending: what one rank wrote goes from memory to a tier that outlives the node, its record last of all."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from sm_tiered import checksum, layout
+from sm_tiered.commit import put_once
+from sm_tiered.crashpoints import crashpoint
+from sm_tiered.drain_progress import DrainProgress
+from sm_tiered.errors import CorruptPartError, KeyExistsError, KeyNotFoundError, SaveError
+from sm_tiered.manifest import MAX_BYTES, record_from_json
+from sm_tiered.queue import Entry
+from sm_tiered.records import Part
+from sm_tiered.tiers.base import Chunks, Tier
+from sm_tiered.tiers.memory import MemoryTier
+from sm_tiered.tiers.shares import Share, ShareTier
+
+__all__ = ["Sender"]
+
+
+class Sender:
+    """Streams from the memory tier's files: it needs room for one chunk, and hashes the very bytes that it sends."""
+
+    def __init__(self, memory: MemoryTier) -> None:
+        self._memory = memory
+        self._progress = DrainProgress(memory)
+
+    def send(self, entry: Entry, tier: Tier) -> int:
+        """Bring one rank's parts, then its record, to *tier*; return how many bytes that were.
+
+        Raises:
+            SaveError: the record is gone from memory.
+            CorruptPartError: memory holds something else than was recorded.
+            KeyExistsError: another record of the rank stands there.
+            TierError: the tier did not take it.
+        """
+        key = layout.in_dir(entry.checkpoint, layout.record_name(entry.rank))
+        data = self._record(entry, key)
+        standing = _standing(tier, key)
+        if standing == data:
+            return 0  # it is written after the parts, so they are there too
+        parts = [part for part in record_from_json(data).parts if not part.replica]
+        if standing is not None:
+            raise _another(entry, key)
+        if isinstance(tier, ShareTier):
+            self._send_share(entry, data, parts, tier)
+        else:
+            self._send_files(entry, key, data, parts, tier)
+        crashpoint("promote.after_record")
+        return sum(part.size for part in parts)
+
+    def _record(self, entry: Entry, key: str) -> bytes:
+        try:
+            return self._memory.get(key, max_bytes=MAX_BYTES).data
+        except KeyNotFoundError as error:
+            raise SaveError(
+                "its record is gone from memory", step=entry.checkpoint.step, tier=entry.tier, rank=entry.rank
+            ) from error
+
+    def _send_files(self, entry: Entry, key: str, data: bytes, parts: list[Part], tier: Tier) -> None:
+        self._send_file_list(entry, tier)
+        sent = 0
+        for part in parts:
+            crashpoint("promote.before_part")
+            with self._opened(entry, part, sent) as chunks:
+                tier.put_part(layout.in_dir(entry.checkpoint, part.name), chunks, part.size)
+            sent += part.size
+            crashpoint("promote.after_part")
+        if not put_once(tier, key, data):
+            raise _another(entry, key)
+
+    def _send_file_list(self, entry: Entry, tier: Tier) -> None:
+        """Before the files that it tells of: should this never be committed, retention knows them by it."""
+        key = layout.in_dir(entry.checkpoint, layout.file_list_name(entry.rank))
+        with suppress(KeyNotFoundError):
+            tier.put(key, self._memory.get(key, max_bytes=MAX_BYTES).data)
+
+    def _send_share(self, entry: Entry, data: bytes, parts: list[Part], tier: ShareTier) -> None:
+        with ExitStack() as stack:
+            opened: list[tuple[Part, Chunks]] = []
+            sent = 0
+            for part in parts:
+                opened.append((part, stack.enter_context(self._opened(entry, part, sent))))
+                sent += part.size
+            crashpoint("promote.before_part")
+            share = Share(
+                checkpoint=entry.checkpoint, rank=entry.rank, world=entry.world, record=data, parts=tuple(opened)
+            )
+            tier.put_share(share)
+
+    @contextmanager
+    def _opened(self, entry: Entry, part: Part, before: int) -> Generator[Chunks, None, None]:
+        """Give what reads *part*, verified; *before*: bytes of the rank's parts that come ahead of it."""
+        key = layout.in_dir(entry.checkpoint, part.name)
+        with self._memory.open_part(key) as source:
+            if source.size != part.size:
+                raise CorruptPartError(f"{key} has {source.size} bytes, recorded {part.size}", tier="memory", key=key)
+
+            def read() -> Iterator[memoryview]:
+                for start in range(0, part.size, checksum.CHUNK_BYTES):
+                    self._progress.tell(entry, before + start)
+                    yield memoryview(source.pread(start, min(checksum.CHUNK_BYTES, part.size - start)))
+
+            yield lambda: checksum.verified(read(), part.chunks, key)
+
+
+def _standing(tier: Tier, key: str) -> bytes | None:
+    try:
+        return tier.get(key, max_bytes=MAX_BYTES).data
+    except KeyNotFoundError:
+        return None
+
+
+def _another(entry: Entry, key: str) -> KeyExistsError:
+    return KeyExistsError(f"another record of rank {entry.rank} stands there", tier=entry.tier, key=key)
