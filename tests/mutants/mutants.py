@@ -172,7 +172,7 @@ MUTANTS = (
     Mutant(
         name="retention deletes what an attempt began from",
         path="sm_tiered/retention.py",
-        old=" | _parents(attempts)",
+        old=" | _protected_parents(tier, attempts, attempt)",
         new="",
         tests=(f"{PROMISES}::test_the_step_that_a_job_began_from_stays_when_retention_would_take_it",),
     ),
