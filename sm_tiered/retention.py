@@ -11,7 +11,7 @@ from enum import Enum
 
 from sm_tiered import layout
 from sm_tiered.crashpoints import crashpoint
-from sm_tiered.errors import FormatError
+from sm_tiered.errors import CorruptPartError, FormatError
 from sm_tiered.graves import Grave, delete_files, entomb, revive, whole_below
 from sm_tiered.inventory import list_attempts, list_checkpoints, read_attempts, read_manifest
 from sm_tiered.pins import is_pinned, pinned
@@ -204,7 +204,7 @@ def _overtaken(tier: Tier, chosen: Plan) -> bool:
 def _manifest(tier: Tier, checkpoint: CheckpointId) -> Manifest | None:
     try:
         return read_manifest(tier, checkpoint)
-    except FormatError:
+    except (FormatError, CorruptPartError):
         # Damaged or newer than this release: not ours to judge, so not ours to delete.
         return None
 

@@ -4,6 +4,7 @@
 - `faults.FaultyTier`: a tier that fails, lies or loses answers, call by call.
 - `proxy.FaultProxy`: an HTTP proxy in front of an S3 endpoint that does so request by request.
 - `sink`: an S3 server that throws part bodies away, for measuring clients.
+- `daemon.StandInDaemon`: a stand-in for the HyperPod in-memory checkpoint service, with faults, for laptops too.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def open_tier(settings: TierSettings, namespace: str, *, on_retry: Callable[[Ret
         )
     if isinstance(settings, HyperPodSettings):
         from sm_tiered.tiers.hyperpod import HyperPodTier
-        from sm_tiered.tiers.wrappers import RetryingShareTier
+        from sm_tiered.tiers.retrying_shares import RetryingShareTier
 
         return RetryingShareTier(
             HyperPodTier(settings, namespace),

@@ -42,9 +42,11 @@ _SMALL_BYTES = 1024 * 1024
 class S3Tier:
     """``s3://<bucket>/<prefix>/<namespace>/``. It repeats nothing itself: wrap it in `RetryingTier`."""
 
-    def __init__(self, settings: S3Settings, namespace: str) -> None:
+    def __init__(self, settings: S3Settings, namespace: str, *, root: str | None = None) -> None:
+        """Open it; nothing is asked yet. *root*: what all keys begin with, where another program chose that."""
         prefix = settings.prefix.strip("/")
-        self._root = f"{prefix}/{check_namespace(namespace)}/" if prefix else f"{check_namespace(namespace)}/"
+        own = f"{prefix}/{check_namespace(namespace)}/" if prefix else f"{check_namespace(namespace)}/"
+        self._root = own if root is None else root
         self._bucket = settings.bucket
         self._connection = S3Connection(settings, self._root)
         self._reader = RangeReader(self._connection)

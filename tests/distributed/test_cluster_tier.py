@@ -34,7 +34,7 @@ def daemon() -> Iterator[StandInDaemon]:
 def _recipe(root: Path, memory: Path | None, url: str, **changes: Any) -> dict[str, Any]:
     """Memory and the cluster at every step, a directory at every fifth."""
     cluster = {"kind": "hyperpod", "url": url, "save": {"every_n_steps": 1}, "keep": {"latest": 2}}
-    cluster |= {"retry": {"attempts": 2, "deadline_secs": 2}, "connect_timeout_secs": 1, "commit_deadline_secs": 20}
+    cluster |= {"retry": {"attempts": 2, "deadline_secs": 8}, "connect_timeout_secs": 2, "commit_deadline_secs": 40}
     cluster |= changes.pop("cluster", {})
     return recipe(root, memory, disk={"save": {"every_n_steps": 5}}, tiers={"cluster": cluster}, **changes)
 

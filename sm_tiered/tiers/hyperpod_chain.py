@@ -1,0 +1,155 @@
+"""Which namespaces of the HyperPod service a run uses, and which steps it counts there.
+
+A namespace has a fixed number of slots and of steps, and the service drops the lowest step. So a run has a chain of
+namespaces, ``run``, ``run__2``, ``run__3``: what is written goes to the first one that is large enough, or to a new
+one; what is read may stand in any. On the wire the attempt comes before the step, so that the lowest is the oldest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from sm_tiered.errors import KeyNotFoundError, TierRefusedError, TierUnavailableError
+from sm_tiered.layout import MAX_STEP
+from sm_tiered.records import Attempt, CheckpointId
+from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
+
+__all__ = ["PROBE_ORDINAL", "Chain", "attempt_wire", "wire_steps"]
+
+PROBE_ORDINAL = 900_000
+"""Steps of this ordinal are tried, and deleted, before the first write; those of attempts are below."""
+
+_MOST_MEMBERS = 64
+_PROBES = 3
+
+_random = random.Random()
+"""Of our own: the user's is part of what a checkpoint holds."""
+
+Holders = Callable[[Namespace, int], "set[Attempt | None]"]
+"""Whose shares stand in a namespace at a wire step: None stands for what is no share of this run."""
+
+
+def wire_steps(checkpoint: CheckpointId) -> tuple[int, int]:
+    """Return the wire steps under which a share of *checkpoint* may stand, the usual one first."""
+    return checkpoint.attempt.ordinal * MAX_STEP + checkpoint.step, checkpoint.step
+
+
+def attempt_wire(attempt: Attempt, *, large: bool) -> int:
+    """Return the wire step of the attempt's record, which stands in the last slot."""
+    return attempt.ordinal * MAX_STEP if large else 0
+
+
+class Chain:
+    """The namespaces of one run. *kept*: how many steps of a rank must fit."""
+
+    def __init__(self, service: HyperPodService, namespace: str, *, kept: int, holders: Holders) -> None:
+        self._service, self._namespace, self._kept, self._holders = service, namespace, kept, holders
+        self._members: tuple[Namespace, ...] | None = None
+        self._large: dict[str, bool] = {}
+        self._homes: dict[tuple[Attempt, int], Namespace] = {}
+
+    def members(self, *, fresh: bool = False) -> tuple[Namespace, ...]:
+        """Return the namespaces that are there; *fresh*: ask again."""
+        if self._members is None or fresh:
+            found: list[Namespace] = []
+            while len(found) < _MOST_MEMBERS:
+                member = self._service.describe(self._name(len(found)))
+                if member is None:
+                    break
+                found.append(member)
+            self._members = tuple(found)
+        return self._members
+
+    def forget(self) -> None:
+        """Ask anew what is there: something has changed."""
+        self._members = None
+        self._large.clear()
+        self._homes.clear()
+
+    def home(self, attempt: Attempt, *, world: int, slot: int | None) -> Namespace:
+        """Return the namespace that *attempt* writes to with *world* ranks; it is made where there is none.
+
+        *slot* is the rank whose slot may be tried with a large step; None: the last one.
+
+        Raises:
+            TierRefusedError: the service does not make a namespace that is large enough.
+        """
+        found = self._homes.get((attempt, world)) or self.standing_home(attempt, world=world, slot=slot)
+        while found is None:
+            self._make(world)
+            found = self.standing_home(attempt, world=world, slot=slot)
+        self._homes[attempt, world] = found
+        return found
+
+    def standing_home(self, attempt: Attempt, *, world: int, slot: int | None) -> Namespace | None:
+        """Return the namespace that `home` would, or None where it is yet to be made."""
+        if attempt.ordinal >= PROBE_ORDINAL:
+            raise TierRefusedError(f"{attempt} is beyond what the service can count", tier=self._service.tier)
+        for member in self.members(fresh=True):
+            if member.ranks <= world or member.kept < self._kept:
+                continue
+            held = set[Attempt | None]().union(*(self._holders(member, w) for w in self._service.latest(member)))
+            # Room that others use is not ours: the service would drop what is lowest, and that may be theirs.
+            if None not in held and (self.counts_large(member, slot) or held <= {attempt}):
+                return member
+        return None
+
+    def counts_large(self, member: Namespace, slot: int | None) -> bool:
+        """Return whether *member* takes steps that begin with an attempt; *slot* is where that may be tried."""
+        known = self._large.get(member.name)
+        if known is None:
+            listed = any(wire >= MAX_STEP for wire in self._service.latest(member))
+            known = self._large[member.name] = listed or self._try_large(
+                member, member.ranks - 1 if slot is None else slot
+            )
+        return known
+
+    def _try_large(self, member: Namespace, rank: int) -> bool:
+        for _ in range(_PROBES):
+            wire = PROBE_ORDINAL * MAX_STEP + _random.randrange(MAX_STEP)
+            slot, data = Slot(namespace=member.name, rank=rank, wire=wire), b"%d" % wire
+            try:
+                there = self._service.put_small(slot, data)
+            except TierRefusedError:
+                return False
+            if not there:
+                raise TierUnavailableError(f"namespace {member.name} was there and is gone", tier=self._service.tier)
+            try:
+                # Others may try in the same slot at the same time, and drop each other's.
+                if any(found >= MAX_STEP for found in self._service.latest(member)) and self._reads(slot, data):
+                    return True
+            finally:
+                self._service.delete(slot)
+        return False
+
+    def _reads(self, slot: Slot, data: bytes) -> bool:
+        try:
+            body = self._service.open(slot)
+        except KeyNotFoundError:
+            return False
+        try:
+            return body.receive(len(data)) == data
+        finally:
+            body.close()
+
+    def _make(self, world: int) -> None:
+        members = self.members(fresh=True)
+        if len(members) >= _MOST_MEMBERS:
+            hint = "Delete namespaces that are no longer needed, or take another namespace for the run."
+            message = f"the run has {len(members)} namespaces already, none of which takes {world} ranks"
+            raise TierRefusedError(message, hint=hint, tier=self._service.tier)
+        name = self._name(len(members))
+        made = self._service.create(name, ranks=world + 1, kept=self._kept)
+        found = self._service.describe(name)
+        if found is None:
+            raise TierUnavailableError(f"namespace {name} was made and is not there", tier=self._service.tier)
+        if made and (found.ranks <= world or found.kept < self._kept):
+            message = (
+                f"namespace {name} was made for {world + 1} slots of {self._kept} steps; the service gave it "
+                f"{found.ranks} slots of {found.kept}"
+            )
+            raise TierRefusedError(message, hint="Let the tier keep fewer checkpoints.", tier=self._service.tier)
+
+    def _name(self, index: int) -> str:
+        return self._namespace if index == 0 else f"{self._namespace}__{index + 1}"
