@@ -15,7 +15,7 @@ from sm_tiered.recipe_yaml import ABSENT, Document, Path, Place
 
 __all__ = ["translated"]
 
-_KINDS = ("memory", "local", "s3")
+_KINDS = ("memory", "local", "s3", "hyperpod")
 
 _KIND_OF = {
     "int_type": "an integer",

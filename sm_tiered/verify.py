@@ -16,6 +16,7 @@ from sm_tiered.errors import ConfigError, CorruptPartError, FormatError, KeyNotF
 from sm_tiered.manifest import MAX_BYTES, manifest_from_json, record_from_json
 from sm_tiered.records import CheckpointId, Manifest, Part, Record
 from sm_tiered.tiers.base import Tier
+from sm_tiered.tiers.shares import ShareTier
 from sm_tiered.verify_chunks import Chunk, check_chunks, choose_chunks
 from sm_tiered.verify_report import Problem, Report, State
 
@@ -238,9 +239,13 @@ class _Check:
         return found
 
     def _check_index(self, sizes: dict[str, int]) -> None:
-        """In memory these files come after the acknowledgement, and only on rank 0's node: they may be missing."""
-        for name in (layout.INDEX, layout.METADATA):
-            if self.durable and self.indexed and not sizes.get(name):
+        """In memory these files come after the acknowledgement, and only on rank 0's node: they may be missing.
+
+        A tier of shares has none.
+        """
+        wanted = self.durable and self.indexed and not isinstance(self.tier, ShareTier)
+        for name in (layout.INDEX, layout.METADATA) if wanted else ():
+            if not sizes.get(name):
                 self._problem("is missing" if name not in sizes else "is empty", part=name)
         if layout.INDEX in sizes:
             try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sm_tiered import layout, lineage
 from sm_tiered.cli.common import chosen_tiers, is_durable
 from sm_tiered.cli.holdings import Held, Opened, opened
-from sm_tiered.cli.output import clean
+from sm_tiered.cli.output import clean, note_left_out
 from sm_tiered.errors import CheckpointNotFoundError, ConfigError, CorruptPartError, TieredError
 from sm_tiered.manifest import record_from_json
 from sm_tiered.records import CheckpointId, Record
@@ -86,6 +86,8 @@ def parse_which(text: str, *, name: str) -> Which:
 def chosen(settings: Settings, which: Which) -> Generator[Chosen, None, None]:
     """Give the checkpoint that is meant, from the first tier of the recipe that has it complete.
 
+    What a restore goes on without when it is silent, this does too, and says so.
+
     Raises:
         CheckpointNotFoundError: there is none, or it is not complete.
         CorruptPartError: what says that it is one is damaged.
@@ -94,8 +96,12 @@ def chosen(settings: Settings, which: Which) -> Generator[Chosen, None, None]:
     """
     with opened(settings, chosen_tiers(settings, which.tier)) as tiers:
         _check_answered(tiers)
-        held = _newest(tiers) if which.step is None else tiers.find(which.step, which.attempt)
-        _check_answered(tiers)
+        try:
+            held = _newest(tiers) if which.step is None else tiers.find(which.step, which.attempt)
+            _check_answered(tiers)
+        finally:
+            for silent, error in tiers.errors.items():
+                note_left_out(silent, error)
         name = next(name for name in tiers.tiers if held.complete_on(name))
         tier_settings, tier = tiers.tiers[name]
         records = held.holdings[name].records
@@ -108,8 +114,10 @@ def chosen(settings: Settings, which: Which) -> Generator[Chosen, None, None]:
 
 
 def _check_answered(tiers: Opened) -> None:
-    """Refuse to choose while a tier is silent: it may hold what is meant."""
-    for error in tiers.errors.values():
+    """Refuse to choose while a tier is silent, unless a restore goes on without it: it may hold what is meant."""
+    for name, error in tiers.errors.items():
+        if name in tiers.settings.optional and len(tiers.tiers) > 1:
+            continue
         error.hint = error.hint or "Name a tier that answers: --tier, or TIER:STEP."
         raise error
 
@@ -123,4 +131,6 @@ def _newest(tiers: Opened) -> Held:
             return tiers.find(checkpoint.step, str(checkpoint.attempt))
         except (CheckpointNotFoundError, CorruptPartError) as error:
             refused = refused or error
+    for error in tiers.errors.values():
+        raise error  # it may hold something: nobody can tell
     raise refused or CheckpointNotFoundError("nothing was saved yet", hint="`sm-tiered ls` lists what each tier has.")

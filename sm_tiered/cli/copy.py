@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 from sm_tiered.cli.common import check_step, chosen_tiers, is_durable, location_of, open_for_looking, open_recipe
 from sm_tiered.cli.holdings import Opened, check_attempt, is_damaged, open_memory, opened
 from sm_tiered.cli.meter import Meter
-from sm_tiered.cli.moving import FINISHER, Moved, move, moved_json, moved_table, status_of
+from sm_tiered.cli.moving import Moved, composer, move, moved_json, moved_table, status_of
 from sm_tiered.cli.output import clean, note_error, print_json, render, text
 from sm_tiered.errors import CheckpointNotFoundError, ConfigError
-from sm_tiered.finish import finisher
 from sm_tiered.inventory import list_attempts, read_holding
 from sm_tiered.layout import check_namespace
 from sm_tiered.records import CheckpointId
-from sm_tiered.settings import S3Settings, Settings, TierSettings
+from sm_tiered.settings import HyperPodSettings, S3Settings, Settings, TierSettings
 from sm_tiered.tiers.base import Tier
 from sm_tiered.transfer import copy_checkpoint
 
@@ -40,6 +39,8 @@ class _Place:
         tier = self.tier
         if isinstance(tier, S3Settings):
             return ("s3", tier.endpoint_url or "", tier.bucket, tier.prefix.strip("/"), self.namespace)
+        if isinstance(tier, HyperPodSettings):
+            return ("hyperpod", tier.url, self.namespace)
         return ("directory", os.path.realpath(location_of(tier)), self.namespace)
 
     @property
@@ -146,7 +147,7 @@ def _copied(
                     checkpoint,
                     durable=durable,
                     namespace=end.namespace,
-                    compose=None if durable else finisher(FINISHER),
+                    compose=composer(begin.tier),
                     progress=progress,
                 ),
                 meter,

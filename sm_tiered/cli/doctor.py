@@ -14,7 +14,7 @@ from sm_tiered.cli.findings import Finding, Level, failed
 from sm_tiered.cli.output import print_json, render, table, text
 from sm_tiered.cli.survey import survey
 from sm_tiered.errors import TieredError
-from sm_tiered.settings import LocalSettings, MemorySettings, S3Settings, Settings, TierSettings
+from sm_tiered.settings import HyperPodSettings, LocalSettings, MemorySettings, S3Settings, Settings, TierSettings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,6 +57,10 @@ def _of_tier(tier: TierSettings, settings: Settings, node_bytes: int | None) -> 
         yield from local_findings(tier, settings.namespace)
     elif isinstance(tier, S3Settings):
         yield from s3_findings(tier, settings.namespace)
+    elif isinstance(tier, HyperPodSettings):
+        from sm_tiered.cli.doctor_cluster import cluster_findings
+
+        yield from cluster_findings(tier, settings.namespace)
 
 
 def _node_bytes(settings: Settings) -> int | None:

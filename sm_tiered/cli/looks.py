@@ -76,6 +76,9 @@ def plan(
     nodes: Annotated[int, typer.Option(metavar="N", help="Nodes of the job.")] = 1,
     mtbf: Annotated[str, typer.Option(metavar="TIME", help="Mean time between deaths of processes.")] = "6h",
     node_mtbf: Annotated[str, typer.Option(metavar="TIME", help="Mean time between losses of a node.")] = "7d",
+    cluster_mtbf: Annotated[
+        str, typer.Option(metavar="TIME", help="Mean time between losses of the cluster's memory.")
+    ] = "90d",
     blocked_secs: Annotated[
         float | None, typer.Option(metavar="S", help="How long a save blocks, as measured.", show_default=False)
     ] = None,
@@ -99,6 +102,7 @@ def plan(
         nodes=nodes,
         mtbf=mtbf,
         node_mtbf=node_mtbf,
+        cluster_mtbf=cluster_mtbf,
         blocked_secs=blocked_secs,
         drain_gbps=drain_gbps,
         steps_per_epoch=steps_per_epoch,

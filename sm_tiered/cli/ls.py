@@ -137,10 +137,14 @@ def _state(view: View, *, left_behind: bool) -> RenderableType:
 def _verdict(seen: Survey) -> RenderableType:
     if seen.next is not None:
         where = [tier.settings.name for tier in seen.tiers if _complete(tier, seen)]
-        line = f"{marker()} a restore takes step {seen.next.step} now (complete on {', '.join(where)})"
+        without = f", without {', '.join(seen.skipped)}" if seen.skipped else ""
+        line = f"{marker()} a restore takes step {seen.next.step} now{without} (complete on {', '.join(where)})"
         return text(line, "green")
-    if any(tier.error is not None for tier in seen.tiers):
+    if seen.silent:
         return text("a restore would refuse to choose while a tier does not answer", "red")
+    if seen.skipped:
+        silent = ", ".join(seen.skipped)
+        return text(f"a restore would raise: nothing complete is here, and {silent} did not answer", "red")
     if any(tier.views for tier in seen.tiers):
         return text("nothing here is complete as seen from this node", "yellow")
     return text(f"namespace {seen.settings.namespace}: nothing was saved yet", "dim")

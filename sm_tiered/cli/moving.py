@@ -11,17 +11,25 @@ from sm_tiered.cli.common import EXIT_CORRUPT, EXIT_FAILED, EXIT_OK
 from sm_tiered.cli.ls import attempt_names
 from sm_tiered.cli.meter import Meter
 from sm_tiered.cli.output import rate, size, table, text
+from sm_tiered.commit import Compose
 from sm_tiered.errors import CorruptPartError, FormatError, TieredError, error_to_json
+from sm_tiered.finish import finisher
 from sm_tiered.records import CheckpointId
+from sm_tiered.settings import HyperPodSettings, MemorySettings, TierSettings
 from sm_tiered.transfer import Copied, Progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["FINISHER", "Moved", "move", "moved_json", "moved_table", "status_of"]
+__all__ = ["FINISHER", "Moved", "composer", "move", "moved_json", "moved_table", "status_of"]
 
 FINISHER = "sm_tiered_dcp.finisher"
 """The module of this distribution that makes the files for other readers where a job has not made them yet."""
+
+
+def composer(source: TierSettings) -> Compose | None:
+    """Return what makes the files for other readers; None where the tier *source* has them with each checkpoint."""
+    return finisher(FINISHER) if isinstance(source, (MemorySettings, HyperPodSettings)) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

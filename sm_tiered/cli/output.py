@@ -24,6 +24,7 @@ __all__ = [
     "marker",
     "metrics_text",
     "note_error",
+    "note_left_out",
     "print_json",
     "rate",
     "render",
@@ -145,6 +146,12 @@ def note_error(error: TieredError) -> None:
     if error.hint:
         lines.append(f"  {clean(error.hint)}")
     sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()
+
+
+def note_left_out(name: str, error: TieredError) -> None:
+    """Say on standard error that the tier *name* did not answer, and that what follows is without it."""
+    sys.stderr.write(f"{clean(name)} did not answer and is left out: {clean(error.message)}\n")
     sys.stderr.flush()
 
 

@@ -14,16 +14,17 @@ from sm_tiered.cli.ls import attempt_names
 from sm_tiered.cli.output import age, clean, note_error, print_json, render, table, text
 from sm_tiered.errors import CheckpointNotFoundError, ConfigError, TieredError
 from sm_tiered.inventory import read_manifest
-from sm_tiered.settings import Settings, TierSettings
+from sm_tiered.settings import HyperPodSettings, MemorySettings, Settings, TierSettings
 from sm_tiered.tiers.base import Tier
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["durable_tiers", "run"]
+__all__ = ["check_pinnable", "durable_tiers", "run"]
 
 _MAX_REASON = 500
 _RECYCLES = "memory recycles its files: what shall be kept belongs on a durable tier"
+_DROPS = "the cluster's memory keeps a fixed number of checkpoints and no pins"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ def run(
     check_attempt(attempt)
     _check_reason(reason, step, remove=remove, attempt=attempt)
     settings = open_recipe(recipe)
-    with opened(settings, durable_tiers(settings, tier)) as seen:
+    with opened(settings, _pinnable(settings, tier)) as seen:
         if step is None:
             action, rows = "list", _each(seen, _listed)
         elif remove:
@@ -83,6 +84,26 @@ def durable_tiers(settings: Settings, name: str | None) -> tuple[TierSettings, .
         what = f"--tier: {clean(name)} is the memory tier" if name else "the recipe has no durable tier"
         raise ConfigError(f"{what}; {_RECYCLES}", hint=f"It has: {names}." if names else "Add one, e.g. kind: s3.")
     return durable
+
+
+def check_pinnable(settings: Settings, tier: TierSettings, *, option: str) -> None:
+    """Refuse a *tier* that can't keep pins; *option* is what named it.
+
+    Raises:
+        ConfigError: it is the cluster's memory.
+    """
+    if isinstance(tier, HyperPodSettings):
+        others = ", ".join(each.name for each in settings.durable if not isinstance(each, HyperPodSettings))
+        hint = f"What shall stay belongs on {others}." if others else "Add a tier for what shall stay, e.g. kind: s3."
+        raise ConfigError(f"{option}: {clean(tier.name)} can't keep a pin: {_DROPS}", hint=hint)
+
+
+def _pinnable(settings: Settings, name: str | None) -> tuple[TierSettings, ...]:
+    durable = durable_tiers(settings, name)
+    found = tuple(tier for tier in durable if not isinstance(tier, HyperPodSettings))
+    if not found:
+        check_pinnable(settings, durable[0], option="--tier")
+    return found
 
 
 def _check_reason(reason: str | None, step: int | None, *, remove: bool, attempt: str | None) -> None:
@@ -117,13 +138,16 @@ def _pinned(seen: Opened, step: int, attempt: str | None, reason: str | None) ->
 
 
 def _explained(seen: Opened, error: CheckpointNotFoundError, step: int) -> CheckpointNotFoundError:
-    """Say so where the step is in memory only."""
-    memory = seen.settings.memory
-    if memory is not None:
-        with opened(seen.settings, [memory]) as near:
-            if any(checkpoint.step == step for checkpoint in near.listed.get(memory.name, ())):
+    """Say so where the step is in this node's or the cluster's memory only."""
+    near = [tier for tier in seen.settings.tiers if isinstance(tier, (MemorySettings, HyperPodSettings))]
+    if not near:
+        return error
+    with opened(seen.settings, near) as looked:
+        for tier in near:
+            if any(checkpoint.step == step for checkpoint in looked.listed.get(tier.name, ())):
                 hint = f"Bring it to one first: `sm-tiered promote … --step {step} --pin`."
-                what = f"step {step} is in memory and on no durable tier; {_RECYCLES}"
+                why = _DROPS if isinstance(tier, HyperPodSettings) else _RECYCLES
+                what = f"step {step} is in {tier.name} and on no tier that keeps pins; {why}"
                 return CheckpointNotFoundError(what, hint=hint)
     return error
 

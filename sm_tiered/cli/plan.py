@@ -11,6 +11,7 @@ from sm_tiered.cli.output import print_json, render
 from sm_tiered.cli.plan_figures import (
     GETS_PER_SEC,
     PUTS_PER_SEC,
+    Between,
     Lost,
     Memory,
     Requests,
@@ -25,7 +26,7 @@ from sm_tiered.cli.plan_figures import (
 from sm_tiered.cli.planning import Assumptions, Run, simulate
 from sm_tiered.cli.progress import Steps
 from sm_tiered.policies import wanted_metrics
-from sm_tiered.settings import S3Settings, Settings
+from sm_tiered.settings import HyperPodSettings, S3Settings, Settings
 
 __all__ = ["Asked", "Plan", "run"]
 
@@ -47,6 +48,7 @@ class Asked:
     nodes: int = 1
     mtbf: str = "6h"
     node_mtbf: str = "7d"
+    cluster_mtbf: str = "90d"
     blocked_secs: float | None = None
     drain_gbps: float | None = None
     steps_per_epoch: int | None = None
@@ -64,6 +66,8 @@ class Plan:
     """What the death of processes loses."""
     node: Lost | None
     """What the loss of a node loses; None: there is no durable tier."""
+    cluster: Lost | None
+    """What the loss of the cluster's memory loses; None: no tier is there, or none outlives it."""
     memory: Memory | None
     storage: Mapping[str, Storage]
     requests: Mapping[str, Requests]
@@ -74,12 +78,16 @@ class Plan:
 def run(recipe: str, asked: Asked, *, as_json: bool) -> int:
     """Plan *recipe*; return the exit status."""
     given, assumptions = _given(asked)
-    mtbf, node_mtbf = secs_of("--mtbf", asked.mtbf), secs_of("--node-mtbf", asked.node_mtbf)
+    between = Between(
+        process=secs_of("--mtbf", asked.mtbf),
+        node=secs_of("--node-mtbf", asked.node_mtbf),
+        cluster=secs_of("--cluster-mtbf", asked.cluster_mtbf),
+    )
     price = check_number("--price", asked.price, least=0.0)
     settings = open_recipe(recipe)
     with Steps(given.steps, quiet=as_json) as steps:
         done = simulate(settings, given, tell=steps.tell)
-    plan = _plan(settings, given, done, mtbf=mtbf, node_mtbf=node_mtbf, price=price, assumptions=assumptions)
+    plan = _plan(settings, given, done, between=between, price=price, assumptions=assumptions)
     if as_json:
         print_json(_document(plan))
     else:
@@ -126,12 +134,12 @@ def _plan(
     given: Assumptions,
     done: Run,
     *,
-    mtbf: float,
-    node_mtbf: float,
+    between: Between,
     price: float,
     assumptions: list[str],
 ) -> Plan:
     durable, every = ([tier.name for tier in tiers] for tiers in (settings.durable, settings.tiers))
+    lasting = [tier.name for tier in settings.durable if not isinstance(tier, HyperPodSettings)]
     cost = done.blocked_secs / done.saves if done.saves else given.blocked_secs
     storage = {tier.name: storage_of(tier, done, given, price=price) for tier in settings.durable}
     requests = {
@@ -144,14 +152,18 @@ def _plan(
         settings=settings,
         given=given,
         run=done,
-        process=lost_work(done, every, mtbf_secs=mtbf, blocked_secs=cost),
-        node=lost_work(done, durable, mtbf_secs=node_mtbf, blocked_secs=cost) if durable else None,
+        process=lost_work(done, every, mtbf_secs=between.process, blocked_secs=cost),
+        node=lost_work(done, durable, mtbf_secs=between.node, blocked_secs=cost) if durable else None,
+        cluster=lost_work(done, lasting, mtbf_secs=between.cluster, blocked_secs=cost)
+        if lasting and lasting != durable
+        else None,
         memory=memory,
         storage=storage,
         requests=requests,
         assumptions=(
             *assumptions,
             "failures strike at any time alike; --mtbf and --node-mtbf are those of the whole job",
+            *(["the cluster's memory is as fast as other durable tiers"] if lasting != durable else []),
             f"S3 takes {PUTS_PER_SEC:,} PUT and {GETS_PER_SEC:,} GET a second on one prefix",
             f"a GiB costs ${price:g} a month on S3 (--price); requests and transfer are not counted",
             "nobody pins, stops or asks for anything, and no metrics are given",
@@ -186,6 +198,8 @@ def _warnings(plan: Plan) -> list[str]:
             )
     if plan.node is None:
         found.append("there is no durable tier: the loss of a node loses everything")
+    elif plan.cluster is None and any(isinstance(tier, HyperPodSettings) for tier in plan.settings.tiers):
+        found.append("no tier outlives the cluster: with its memory everything is lost; add one, e.g. kind: s3")
     return found
 
 
@@ -202,7 +216,7 @@ def _document(plan: Plan) -> dict[str, object]:
         "blocked_secs": done.blocked_secs,
         "blocked_share": done.blocked_secs / done.secs,
         "tiers": [_tier(plan, tier.name, kind_of(tier)) for tier in plan.settings.tiers],
-        "lost": {"process": _lost(plan.process), "node": _lost(plan.node)},
+        "lost": {"process": _lost(plan.process), "node": _lost(plan.node), "cluster": _lost(plan.cluster)},
         "memory": None if plan.memory is None else {**asdict(plan.memory), "fits": plan.memory.fits},
         "limits": {"puts_per_sec": PUTS_PER_SEC, "gets_per_sec": GETS_PER_SEC},
         "assumptions": list(plan.assumptions),

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from sm_tiered.cli.planning import Assumptions, Planned, Run
 from sm_tiered.policies.optimum import optimal_interval_secs
-from sm_tiered.settings import MemorySettings, S3Settings, TierSettings
+from sm_tiered.settings import HyperPodSettings, MemorySettings, S3Settings, TierSettings
 from sm_tiered.tiers.budget import cgroup_room
 
 __all__ = [
     "GETS_PER_SEC",
     "PUTS_PER_SEC",
+    "Between",
     "Lost",
     "Memory",
     "Requests",
@@ -72,6 +73,15 @@ def stretches(steps: Sequence[int]) -> list[Stretch]:
 
 
 # ---- what a failure costs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Between:
+    """Mean times between failures of the whole job, in seconds."""
+
+    process: float
+    node: float
+    cluster: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +215,8 @@ class Storage:
     written_bytes: int
     month_price: float | None
     """For what is there at the end, a month; None: not on S3."""
+    slots: int | None = None
+    """How many steps of a rank the cluster's memory is asked to make room for; None: it is another tier."""
 
 
 def storage_of(settings: TierSettings, run: Run, given: Assumptions, *, price: float) -> Storage:
@@ -218,6 +230,7 @@ def storage_of(settings: TierSettings, run: Run, given: Assumptions, *, price: f
         most_bytes=stored.most * given.state_bytes,
         written_bytes=len(run.planned[settings.name]) * given.state_bytes,
         month_price=here / 2**30 * price if isinstance(settings, S3Settings) else None,
+        slots=settings.slots if isinstance(settings, HyperPodSettings) else None,
     )
 
 

@@ -76,7 +76,8 @@ def _figures(plan: Plan) -> RenderableType:
     run, grid = plan.run, _grid()
     blocked = f"{_count(run.saves, 'save')}, {_secs(run.blocked_secs)} of {_secs(run.secs)}"
     grid.add_row(text("training blocked"), text(f"{blocked}: {_percent(run.blocked_secs / run.secs)}"))
-    for what, lost in (("processes die", plan.process), ("a node is lost", plan.node)):
+    failures = (("processes die", plan.process), ("a node is lost", plan.node), ("the cluster is lost", plan.cluster))
+    for what, lost in failures:
         if lost is not None:
             grid.add_row(text(what), text(_lost(lost)))
     if plan.memory is not None:
@@ -84,7 +85,9 @@ def _figures(plan: Plan) -> RenderableType:
     for name, storage in plan.storage.items():
         price = "" if storage.month_price is None else f", ${storage.month_price:,.2f} a month"
         kept = f"{storage.kept} kept at the end: {size(storage.bytes)}{price}; "
-        grid.add_row(text(f"stored on {name}"), text(f"{kept}at most {storage.most}: {size(storage.most_bytes)}"))
+        room = "" if storage.slots is None else f"; room for {storage.slots}, and the service keeps replicas besides"
+        most = f"at most {storage.most}: {size(storage.most_bytes)}"
+        grid.add_row(text(f"stored on {name}"), text(f"{kept}{most}{room}"))
     for name, requests in plan.requests.items():
         rates = (
             f"{requests.puts_per_sec:,.0f} PUT/s ({_percent(requests.puts_per_sec / PUTS_PER_SEC)} of the limit), "

@@ -12,9 +12,9 @@ from sm_tiered.cli.common import EXIT_CORRUPT, EXIT_FAILED, EXIT_OK, check_step,
 from sm_tiered.cli.following import check_timeout, follow
 from sm_tiered.cli.holdings import Held, Opened, check_attempt, is_of, open_memory, opened, ranks_text
 from sm_tiered.cli.meter import Meter
-from sm_tiered.cli.moving import FINISHER, Moved, move
+from sm_tiered.cli.moving import FINISHER, Moved, composer, move
 from sm_tiered.cli.output import clean, note_error, print_json, rate, render, size, text
-from sm_tiered.cli.pin import durable_tiers
+from sm_tiered.cli.pin import check_pinnable, durable_tiers
 from sm_tiered.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -32,7 +32,7 @@ from sm_tiered.records import CheckpointId
 from sm_tiered.retention import would_keep
 from sm_tiered.settings import Settings, TierSettings
 from sm_tiered.tiers.base import Tier
-from sm_tiered.transfer import Copied, clear_failed, copy_checkpoint, is_indexed
+from sm_tiered.transfer import Copied, Progress, clear_failed, copy_checkpoint, is_indexed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -81,6 +81,8 @@ def run(
     check_timeout(timeout_secs)
     settings = open_recipe(recipe)
     target = _target(settings, to)
+    if pin:
+        check_pinnable(settings, target, option="--pin")
     with opened(settings, settings.tiers) as seen:
         if target.name in seen.errors:
             raise seen.errors[target.name]
@@ -180,8 +182,7 @@ def _promoted(
     if memory is not None and found.source == memory.name:
         how, moved = "drainer", _by_drainer(seen.settings, found, target, receiver, meter, timeout_secs)
     else:
-        sender = seen.tiers[found.source][1]
-        moved = _by_copy(sender, receiver, found, namespace, meter)
+        moved = _by_copy(seen, found, target.name, meter)
         if moved.copied is not None and moved.copied.already:
             how = "nothing"
     if moved.error is not None and new:
@@ -202,23 +203,19 @@ def _check_stays(receiver: Tier, target: TierSettings, found: _Found) -> None:
         )
 
 
-def _by_copy(sender: Tier, receiver: Tier, found: _Found, namespace: str, meter: Meter) -> Moved:
-    if sender is receiver:
-        already = Copied(found=0, already=True)
-        return move(found.checkpoint, lambda progress: already, meter, _label(found, receiver.name))
-    return move(
-        found.checkpoint,
-        lambda progress: copy_checkpoint(
-            sender,
-            receiver,
-            found.checkpoint,
-            durable=True,
-            namespace=namespace,
-            progress=progress,
-        ),
-        meter,
-        _label(found, receiver.name),
-    )
+def _by_copy(seen: Opened, found: _Found, target: str, meter: Meter) -> Moved:
+    (settings, sender), (_, receiver) = seen.tiers[found.source], seen.tiers[target]
+    namespace, checkpoint = seen.settings.namespace, found.checkpoint
+
+    def work(progress: Progress) -> Copied:
+        if sender is receiver:
+            return Copied(found=0, already=True)
+        compose = composer(settings)
+        return copy_checkpoint(
+            sender, receiver, checkpoint, durable=True, namespace=namespace, compose=compose, progress=progress
+        )
+
+    return move(checkpoint, work, meter, _label(found, target))
 
 
 def _by_drainer(
@@ -259,7 +256,8 @@ def _entries(settings: Settings, found: _Found, target: TierSettings, recipe: st
             world=world,
             recipe=recipe,
             finisher=FINISHER if is_indexed(found.records) else "",
-            deadline_at=time.time() + settings.commit_deadline_secs,
+            deadline_at=time.time() + settings.commit_deadline(target.name),
+            patient=settings.is_patient(target.name),
         )
         for rank in sorted(found.records)
     ]

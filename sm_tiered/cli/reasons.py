@@ -69,6 +69,8 @@ class Walk:
     """What is no candidate for the latest, newest first."""
     errors: Mapping[str, TieredError] = field(default_factory=dict[str, TieredError])
     """Tiers that did not answer."""
+    skipped: frozenset[str] = frozenset()
+    """Those of them that a restore goes on without."""
 
     @property
     def taken(self) -> Candidate | None:
@@ -119,15 +121,24 @@ def _walk(seen: Survey, *, step: int | None, share: float | None) -> Walk:
         if candidate.refused is None:
             break
     else:
-        if seen.damaged and step is None and not stopped:
+        if seen.skipped and not stopped:
+            names = ", ".join(seen.skipped)
+            stopped = f"{names} did not answer, and nothing else can be restored: whether it holds more can't be told"
+        elif seen.damaged and step is None and not stopped:
             stopped = f"the record of {max(seen.damaged)} is damaged: what it continues can't be told"
     errors = {tier.settings.name: tier.error for tier in seen.tiers if tier.error is not None}
-    return Walk(seen=seen, candidates=tuple(done), stopped=stopped, left_behind=tuple(behind), errors=errors)
+    return Walk(
+        seen=seen,
+        candidates=tuple(done),
+        stopped=stopped,
+        left_behind=tuple(behind),
+        errors=errors,
+        skipped=frozenset(seen.skipped),
+    )
 
 
 def _silence(seen: Survey) -> str:
-    names = ", ".join(tier.settings.name for tier in seen.tiers if tier.error is not None)
-    return f"{names} did not answer, so what is newest can't be told"
+    return f"{', '.join(seen.silent)} did not answer, so what is newest can't be told"
 
 
 def _candidate(seen: Survey, checkpoint: CheckpointId, share: float | None) -> Candidate | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from sm_tiered.advice import Advice, advise, changed_policy
@@ -14,6 +15,7 @@ from sm_tiered.cli.output import note_error, print_json, render, size, table, te
 from sm_tiered.cli.report_json import document
 from sm_tiered.cli.told import Run, read_run, remarks
 from sm_tiered.goodput import Failure
+from sm_tiered.settings import HyperPodSettings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,6 +41,7 @@ def run(sources: Sequence[str], *, mtbf: str | None, node_mtbf: str | None, as_j
     node = secs_of("--node-mtbf", node_mtbf) if node_mtbf is not None else None
     found = read_run(sources)
     advices = advise(found.ledger, memory=found.story.memory, mtbf_secs=given, node_mtbf_secs=node)
+    advices = [_unknown(advice) if _is_behind_cluster(found, advice) else advice for advice in advices]
     lines = yaml_lines(found, advices)
     if as_json:
         print_json(document(found, advices, lines))
@@ -47,6 +50,28 @@ def run(sources: Sequence[str], *, mtbf: str | None, node_mtbf: str | None, as_j
             note_error(error)
         render(*_blocks(found, advices, lines))
     return EXIT_FAILED if found.errors else EXIT_OK
+
+
+def _is_behind_cluster(run: Run, advice: Advice) -> bool:
+    """Whether the cluster's memory takes the losses of nodes, so that the tier is for losing that."""
+    if run.settings is None or not advice.durable:
+        return False
+    cluster = {tier.name for tier in run.settings.tiers if isinstance(tier, HyperPodSettings)}
+    saved = {figures.tier for figures in run.ledger.tiers if figures.blocked_secs is not None}
+    return bool(cluster & saved) and advice.tier not in cluster
+
+
+def _unknown(advice: Advice) -> Advice:
+    return replace(
+        advice,
+        mtbf_secs=None,
+        given=False,
+        optimal_secs=None,
+        advised_secs=None,
+        lost_now=None,
+        lost_then=None,
+        steps=None,
+    )
 
 
 def span(secs: float | None) -> str:
@@ -166,6 +191,8 @@ def _intervals(run: Run, advices: Sequence[Advice]) -> RenderableType:
 def _why(run: Run, advice: Advice) -> str:
     if advice.cost_secs is None:
         return "no save came there"
+    if _is_behind_cluster(run, advice):
+        return "for the loss of the cluster's memory, which takes those of nodes; `sm-tiered plan --cluster-mtbf`"
     if advice.mtbf_secs is None:
         option = "--node-mtbf" if advice.durable else "--mtbf"
         return f"nothing failed that it is for in {span(run.ledger.up_secs)}; say how often with {option}"

@@ -12,7 +12,7 @@ from sm_tiered.errors import CorruptPartError, FormatError, KeyNotFoundError, Ti
 from sm_tiered.manifest import MAX_BYTES, attempt_record_from_json
 from sm_tiered.pins import pinned
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
-from sm_tiered.settings import S3Settings, Settings, TierSettings
+from sm_tiered.settings import HyperPodSettings, S3Settings, Settings, TierSettings
 from sm_tiered.tiers.base import Tier
 
 __all__ = ["Survey", "TierView", "View", "newest_first", "read_holding", "survey", "untold", "with_view"]
@@ -51,7 +51,10 @@ class Survey:
     tiers: tuple[TierView, ...]
     """In recipe order."""
     next: CheckpointId | None
-    """What a restore would take now; None: nothing, or it can't be told because a tier did not answer."""
+    """What a restore would take now; None: nothing, or it can't be told because a tier did not answer.
+
+    A tier that a restore goes on without is no reason for None, unless nothing else is found.
+    """
     newest: int | None = None
     """How many checkpoints a tier were looked at; None: all."""
 
@@ -75,6 +78,20 @@ class Survey:
         """What restore would try, in its order: every checkpoint that has a directory on any tier."""
         found = {checkpoint for tier in self.tiers for checkpoint in tier.found}
         return lineage.candidates(found, self.attempts, self.damaged)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Tiers that did not answer and that a restore goes on without."""
+        return tuple(name for name in self._without_answer if name in self.settings.optional)
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Tiers that did not answer and whose silence ends a restore."""
+        return tuple(name for name in self._without_answer if name not in self.settings.optional)
+
+    @property
+    def _without_answer(self) -> list[str]:
+        return [tier.settings.name for tier in self.tiers if tier.error is not None]
 
     @property
     def left_behind(self) -> frozenset[CheckpointId]:
@@ -101,8 +118,8 @@ def survey(settings: Settings, *, newest: int | None = None, step: int | None = 
         return [_look(tier, settings.namespace, newest=newest, step=step) for tier in tiers]
 
     # Directories one after the other: thousands of short system calls in two threads are slower than in one.
-    remote = [[tier] for tier in settings.tiers if isinstance(tier, S3Settings)]
-    here = [tier for tier in settings.tiers if not isinstance(tier, S3Settings)]
+    remote = [[tier] for tier in settings.tiers if isinstance(tier, (S3Settings, HyperPodSettings))]
+    here = [tier for tier in settings.tiers if not isinstance(tier, (S3Settings, HyperPodSettings))]
     groups = parallel(look, [*remote, here], threads=len(remote) + 1)
     views = {view.settings.name: view for group in groups for view in group}
     ordered = tuple(views[tier.name] for tier in settings.tiers)
@@ -231,7 +248,7 @@ def _with_next(seen: Survey) -> Survey:
 
 def untold(seen: Survey, of_newest_attempt: bool) -> bool:
     """Whether restore would refuse to choose, because a tier did not answer."""
-    if all(tier.error is None for tier in seen.tiers):
+    if not seen.silent:
         return False
     return seen.settings.unreachable != "use_memory" or not of_newest_attempt
 

@@ -25,7 +25,7 @@ from sm_tiered.cli.output import note_error, print_json, rate, render, size, tab
 from sm_tiered.cli.progress import Timed, Watch
 from sm_tiered.errors import TieredError, TierRefusedError
 from sm_tiered.inventory import list_checkpoints
-from sm_tiered.settings import S3Settings, Settings, TierSettings
+from sm_tiered.settings import HyperPodSettings, S3Settings, Settings, TierSettings
 from sm_tiered.verify import Problem, Report, State, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def _verify_tier(outcome: _Outcome, settings: TierSettings, step: int | None, wa
 
 def threads_for_reading(settings: TierSettings) -> int:
     """A thread reads while another hashes; where a network is between, it waits for several answers at once."""
+    if isinstance(settings, HyperPodSettings):
+        return 1  # it gives a share from its beginning on and no other way: several readers would start it over
     return _S3_THREADS if isinstance(settings, S3Settings) else min(_MOST_THREADS, len(os.sched_getaffinity(0)))
 
 

@@ -39,7 +39,7 @@ def run(recipe: str, *, step: int | None, read_data: str | None, as_json: bool) 
 
 
 def _status(found: Walk) -> int:
-    if found.errors or (found.stopped and not found.seen.damaged):
+    if found.errors.keys() - found.skipped or (found.stopped and (found.skipped or not found.seen.damaged)):
         return EXIT_FAILED
     return EXIT_OK if found.taken is not None or found.nothing_saved else EXIT_CORRUPT
 
@@ -59,9 +59,10 @@ def _check_found(found: Walk, step: int | None) -> None:
 def _advice(found: Walk, step: int | None) -> list[str]:
     advice: list[str] = []
     for name, error in found.errors.items():
-        advice.append(f"{name} did not answer: {error.hint or 'see `sm-tiered doctor`'}")
+        without = "; a restore goes on without it" if name in found.skipped and found.taken is not None else ""
+        advice.append(f"{name} did not answer{without}: {error.hint or 'see `sm-tiered doctor`'}")
     memory = found.seen.settings.memory
-    if found.errors and memory is not None and memory.name not in found.errors:
+    if found.errors.keys() - found.skipped and memory is not None and memory.name not in found.errors:
         advice.append("`unreachable: use_memory` in the recipe takes the newest complete step in memory meanwhile")
     refused = [candidate for candidate in found.candidates if candidate.refused is not None]
     for candidate in refused[:3]:
@@ -139,9 +140,12 @@ def _verdict(found: Walk, step: int | None) -> RenderableType:
     taken = found.taken
     if taken is not None:
         where = ", ".join(f"{_ranks(s.ranks, taken.world or 0)} from {s.tier}" for s in taken.sources)
-        return text(f"a restore takes step {taken.checkpoint.step} now: {where}", "green")
-    if found.stopped is not None and found.errors:
+        without = f"; without {', '.join(sorted(found.skipped))}" if found.skipped else ""
+        return text(f"a restore takes step {taken.checkpoint.step} now: {where}{without}", "green")
+    if found.stopped is not None and found.errors.keys() - found.skipped:
         return text("a restore would refuse to choose while a tier does not answer", "red")
+    if found.skipped:
+        return text("a restore would raise TierUnavailableError: what is left may be on a tier that is silent", "red")
     if found.nothing_saved:
         return text("nothing was ever saved: a restore returns None, and training starts from the beginning", "dim")
     what = "nothing" if step is None else f"nothing of step {step}"
@@ -204,6 +208,7 @@ def _document(found: Walk, step: int | None, advice: list[str]) -> dict[str, obj
         "errors": {
             tier.settings.name: error_json(tier) for tier in found.seen.tiers if tier.settings.name in found.errors
         },
+        "skipped": sorted(found.skipped),
         "advice": advice,
     }
 

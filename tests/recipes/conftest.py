@@ -1,11 +1,14 @@
-"""What the recipes that save to S3 share."""
+"""What the recipes that save to S3, or to a cluster's memory, share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
+
+from sm_tiered.testing.daemon import StandInDaemon
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -17,3 +20,16 @@ def bucket(s3_client: S3Client, s3_endpoint: str) -> dict[str, str]:
     name = f"recipes-{uuid4().hex[:12]}"
     s3_client.create_bucket(Bucket=name)
     return {"CHECKPOINTS": f"s3://{name}/runs", "AWS_ENDPOINT_URL": s3_endpoint, "AWS_REGION": "us-east-1"}
+
+
+@pytest.fixture
+def service() -> Iterator[StandInDaemon]:
+    """A stand-in for the checkpoint service of a HyperPod cluster."""
+    with StandInDaemon() as running:
+        yield running
+
+
+@pytest.fixture
+def cluster(service: StandInDaemon) -> dict[str, str]:
+    """The environment that brings the HyperPod recipe to it."""
+    return {"SM_TIERED__TIERS__CLUSTER__URL": service.url}

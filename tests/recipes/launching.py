@@ -58,6 +58,15 @@ class Launch:
         wait_until(lambda: max(self.losses(), default=0) >= step or wait(alive, 0), f"step {step} is not done", secs=60)
         assert max(self.losses(), default=0) >= step, (self.end(), self.text)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop every rank meanwhile: small models keep all cores busy, and drainers are nice."""
+        for signum in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in range(len(self.job.processes)):
+                os.kill(self.job.pid(rank), signum)
+            if signum is signal.SIGSTOP:
+                yield
+
     def kill(self) -> int:
         """SIGKILL every rank; return the last step that was printed."""
         self.job.kill()

@@ -64,13 +64,15 @@ class Asked:
 
 
 class Policy:
-    """An IAM policy of plain Allow statements."""
+    """A policy of plain Allow statements: of a role, or, with a *principal*, of a bucket."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, principal: str | None = None) -> None:
         text = json.loads(path.read_text())
         assert text["Version"] == "2012-10-17"
         self.statements: list[dict[str, object]] = text["Statement"]
-        assert all(set(one) == {"Sid", "Effect", "Action", "Resource"} for one in self.statements)
+        facts = {"Sid", "Effect", "Action", "Resource"} | ({"Principal"} if principal else set())
+        assert all(set(one) == facts for one in self.statements)
+        assert all(one.get("Principal") == ({"AWS": principal} if principal else None) for one in self.statements)
         assert all(one["Effect"] == "Allow" for one in self.statements)
 
     @property

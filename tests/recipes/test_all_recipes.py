@@ -14,17 +14,23 @@ from sm_tiered.recipe import Recipe
 from sm_tiered.settings import LocalSettings, MemorySettings, S3Settings, Settings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-PATHS = sorted(RECIPES.glob("*.yaml"))
-WITH_DCP = ("hyperpod_eks", "large_model", "s3_compatible", "shared_filesystem", "single_node", "spot")
+PATHS = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("*/recipe.yaml")])
+WITH_DCP = ("hyperpod/recipe", "large_model", "s3_compatible", "shared_filesystem", "single_node", "spot")
 _VARIABLE = re.compile(r"\$\{([A-Z0-9_]+)(:-[^}]*)?\}")
 _EXAMPLE = re.compile(r"\b([A-Z][A-Z0-9_]+)=([^\s,;]*[^\s,;.])")
+
+
+def called(path: Path) -> str:
+    """The recipe's name in test ids."""
+    return path.relative_to(RECIPES).with_suffix("").as_posix()
 
 
 def header(path: Path) -> str:
     """The comment that a recipe begins with, without what is for editors."""
     lines = path.read_text().splitlines()
     first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
-    assert lines[0] == "# yaml-language-server: $schema=sm_tiered.schema.json"
+    above = "../" * (len(path.relative_to(RECIPES).parts) - 1)
+    assert lines[0] == f"# yaml-language-server: $schema={above}sm_tiered.schema.json"
     return "\n".join(line.removeprefix("#").strip() for line in lines[1:first])
 
 
@@ -48,7 +54,7 @@ def documented(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     return path
 
 
-@pytest.mark.parametrize("documented", PATHS, ids=lambda path: path.stem, indirect=True)
+@pytest.mark.parametrize("documented", PATHS, ids=called, indirect=True)
 def test_it_loads_with_the_environment_that_it_documents(documented: Path) -> None:
     recipe = Recipe.load(documented)
     assert recipe.warnings() == []
@@ -58,7 +64,7 @@ def test_it_loads_with_the_environment_that_it_documents(documented: Path) -> No
     assert all(tier.save is not None for tier in settings.tiers)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=called)
 def test_its_first_lines_say_what_it_is_for_and_what_runs_with_it(path: Path) -> None:
     assert re.match(r"[A-Z].{20,}[.:]", header(path)), "a sentence"
     assert scripts(path)

@@ -24,7 +24,8 @@ from tests.recipes.s3_permissions import ACTIONS, Asked, Policy
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-FOLDER = RECIPES / "hyperpod_eks"
+FOLDER = RECIPES / "hyperpod"
+RECIPE = FOLDER / "recipe.yaml"
 MANIFEST = (FOLDER / "job.yaml").read_text()
 POLICY = Policy(FOLDER / "iam_policy.json")
 MIB = 2**20
@@ -60,7 +61,7 @@ def test_the_manifest_is_a_job_of_the_operator_that_runs_the_script_with_the_rec
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(job["spec"]["nprocPerNode"])
     script = command.index("/opt/recipes/train_with_dcp.py")
     assert (RECIPES / "train_with_dcp.py").is_file()
-    assert "--recipe=/opt/recipes/hyperpod_eks.yaml" in command[script:]
+    assert f"--recipe=/opt/recipes/{RECIPE.relative_to(RECIPES)}" in command[script:]
     assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
@@ -70,7 +71,7 @@ def test_the_end_of_a_pod_leaves_time_for_the_last_checkpoint(monkeypatch: pytes
     assert "--shutdown-signal=SIGTERM" in container["command"]
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    settings = Recipe.load(RECIPES / "hyperpod_eks.yaml").settings()
+    settings = Recipe.load(RECIPE).settings()
     assert settings.drain_timeout_secs < timeout < pod()["terminationGracePeriodSeconds"]
 
 
@@ -98,7 +99,7 @@ def test_shared_memory_is_a_volume_with_room_for_the_budget() -> None:
 
 
 def test_the_pod_sets_every_variable_that_the_recipe_needs_and_the_policy_is_for_its_prefix() -> None:
-    needed = set(re.findall(r"\$\{(\w+)\}", (RECIPES / "hyperpod_eks.yaml").read_text()))
+    needed = set(re.findall(r"\$\{(\w+)\}", RECIPE.read_text()))
     assert set(environment()) == needed
     assert environment()["TRAINING_JOB_NAME"] == yaml.safe_load(MANIFEST)["metadata"]["name"]
     place = environment()["CHECKPOINTS"].removeprefix("s3://")
@@ -162,6 +163,15 @@ def cut() -> Iterator[memoryview]:
     raise TieredError("the source is gone")
 
 
+def test_the_policy_of_another_accounts_bucket_allows_the_role_the_same() -> None:
+    account = re.search(r"image: (\d{12})\.", MANIFEST)
+    assert account is not None
+    bucket = Policy(FOLDER / "bucket_policy.json", principal=f"arn:aws:iam::{account[1]}:role/training")
+    for statement in bucket.statements:
+        del statement["Principal"]
+    assert bucket.statements == POLICY.statements
+
+
 @pytest.mark.parametrize(
     ("operation", "resource"),
     [
@@ -178,7 +188,7 @@ def test_the_policy_ends_at_its_prefix(operation: str, resource: str) -> None:
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.timeout(240)
 def test_the_recipe_runs_in_such_a_pod_and_asks_s3_for_no_more_than_the_policy_allows(
-    tmp_path: Path, memory_dir: Path, s3_client: S3Client, s3_endpoint: str
+    tmp_path: Path, memory_dir: Path, s3_client: S3Client, s3_endpoint: str, cluster: dict[str, str]
 ) -> None:
     given = environment()
     name = given["CHECKPOINTS"].removeprefix("s3://").split("/")[0]
@@ -187,10 +197,10 @@ def test_the_recipe_runs_in_such_a_pod_and_asks_s3_for_no_more_than_the_policy_a
     volume.mkdir()
     volume.chmod(0o1777)  # as Kubernetes mounts it
     with FaultProxy(s3_endpoint) as proxy:
-        env = {**given, "AWS_ENDPOINT_URL": proxy.url, "CHECKPOINT_MEMORY": str(volume / "sm_tiered-0")}
-        with launched(tmp_path, "hyperpod_eks.yaml", "--steps=12", env=env) as first:
+        env = {**given, **cluster, "AWS_ENDPOINT_URL": proxy.url, "CHECKPOINT_MEMORY": str(volume / "sm_tiered-0")}
+        with launched(tmp_path, "hyperpod/recipe.yaml", "--steps=12", env=env) as first:
             assert first.end() == [0, 0], first.text
-        with launched(tmp_path, "hyperpod_eks.yaml", "--steps=1000000", env=env) as second:
+        with launched(tmp_path, "hyperpod/recipe.yaml", "--steps=1000000", env=env) as second:
             second.reach(20)
             second.kill()
         requests = [Asked.of(request) for request in proxy.requests]
@@ -208,14 +218,14 @@ def test_the_recipe_runs_in_such_a_pod_and_asks_s3_for_no_more_than_the_policy_a
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.timeout(240)
 def test_a_pod_that_is_lost_takes_its_memory_and_the_job_goes_on_from_s3(
-    tmp_path: Path, memory_dir: Path, bucket: dict[str, str], s3_client: S3Client
+    tmp_path: Path, memory_dir: Path, bucket: dict[str, str], s3_client: S3Client, cluster: dict[str, str]
 ) -> None:
-    env = {**environment(), **bucket}
+    env = {**environment(), **cluster, **bucket}
     pods = [{"CHECKPOINT_MEMORY": str(memory_dir / f"pod-{number}")} for number in range(2)]
-    with launched(tmp_path, "hyperpod_eks.yaml", "--steps=12", env=env, ranks=pods) as first:
+    with launched(tmp_path, "hyperpod/recipe.yaml", "--steps=12", env=env, ranks=pods) as first:
         assert first.end() == [0, 0], first.text
     assert s3_steps(s3_client, bucket["CHECKPOINTS"]) == [12]
     lose_memory(memory_dir / "pod-1", env["TRAINING_JOB_NAME"])
-    with launched(tmp_path, "hyperpod_eks.yaml", "--steps=14", env=env, ranks=pods) as second:
+    with launched(tmp_path, "hyperpod/recipe.yaml", "--steps=14", env=env, ranks=pods) as second:
         assert second.end() == [0, 0], second.text
     assert second.restored() == (12, "memory+s3")

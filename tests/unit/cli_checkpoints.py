@@ -17,10 +17,12 @@ from sm_tiered.manifest import (
 )
 from sm_tiered.policies.keep import Latest
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Item, ItemTable, Part, Record
-from sm_tiered.settings import LocalSettings
-from sm_tiered.tiers.base import Tier
+from sm_tiered.settings import HyperPodSettings, LocalSettings
+from sm_tiered.tiers import open_tier
+from sm_tiered.tiers.base import Chunks, Tier
 from sm_tiered.tiers.files import DirectoryTier
 from sm_tiered.tiers.local import LocalTier
+from sm_tiered.tiers.shares import Share, ShareTier
 
 NAMESPACE = "run-1"
 BEGAN = 1_700_000_000
@@ -47,10 +49,17 @@ def memory_tier(path: Path) -> DirectoryTier:
     return DirectoryTier(name="memory", base=str(path), namespace=NAMESPACE, fsync=False)
 
 
+def cluster_tier(url: str, *, keep: int = 3, namespace: str = NAMESPACE) -> Tier:
+    """Return a tier in the memory of the cluster whose service is at *url*."""
+    settings = HyperPodSettings(name="cluster", save=None, keep=Latest(n=keep), url=url, retry_attempts=1)
+    return open_tier(settings, namespace)
+
+
 def write_attempt(tier: Tier, ordinal: int, parent: CheckpointId | None = None, *, chosen: bool = False) -> None:
     """Write the record of an attempt."""
     record = AttemptRecord(namespace=NAMESPACE, attempt=attempt(ordinal), parent=parent, chosen=chosen)
-    tier.put(layout.attempt_key(attempt(ordinal)), attempt_record_to_json(record))
+    write = tier.put_if_absent if isinstance(tier, ShareTier) else tier.put
+    write(layout.attempt_key(attempt(ordinal)), attempt_record_to_json(record))
 
 
 def write_checkpoint(
@@ -65,17 +74,23 @@ def write_checkpoint(
     tensors: int = 1,
     skip_ranks: frozenset[int] = frozenset(),
     commit: bool = True,
+    replica: bool = True,
 ) -> None:
-    """Write a whole checkpoint; of *skip_ranks* nothing is written (not for durable ones)."""
+    """Write a whole checkpoint; of *skip_ranks* nothing is written (not for ones that have a manifest).
+
+    In memory every rank also has a *replica*, unless that is False: then records are those of other tiers.
+    """
     records: dict[int, bytes] = {}
     for rank in range(world):
         if rank in skip_ranks:
             continue
         data = random.Random(f"{which}/{rank}").randbytes(size)
         name = layout.part_name(rank, 0)
-        tier.put_part(layout.in_dir(which, name), lambda data=data: iter([memoryview(data)]), size)
+        chunks: Chunks = lambda data=data: iter([memoryview(data)])  # noqa: E731
+        if not isinstance(tier, ShareTier):
+            tier.put_part(layout.in_dir(which, name), chunks, size)
         parts = [Part(name=name, size=size, chunks=checksum.digest_chunks(memoryview(data)))]
-        if not durable:
+        if not durable and replica:
             copy = f"replica-{rank}.bin"
             tier.put(layout.in_dir(which, copy), data[:100])
             parts.append(Part(name=copy, size=100, chunks=(checksum.digest(data[:100]),), replica=True))
@@ -91,8 +106,12 @@ def write_checkpoint(
             metrics=dict(metrics or {}),
         )
         records[rank] = record_to_json(record)
-        tier.put(layout.in_dir(which, layout.record_name(rank)), records[rank])
-    if durable and commit:
+        if isinstance(tier, ShareTier):
+            share = Share(checkpoint=which, rank=rank, world=world, record=records[rank], parts=((parts[0], chunks),))
+            tier.put_share(share)
+        else:
+            tier.put(layout.in_dir(which, layout.record_name(rank)), records[rank])
+    if durable and commit and not isinstance(tier, ShareTier):
         index = {"kind": "index", "step": which.step, "attempt": str(which.attempt)}
         tier.put(layout.in_dir(which, layout.INDEX), json.dumps(index).encode())
         tier.put(layout.in_dir(which, layout.METADATA), b"\x80\x04not for us")
@@ -133,11 +152,21 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(bytes(data))
 
 
-def write_recipe(directory: Path, *, memory: Path | None = None, local: Path | None = None, more: str = "") -> Path:
-    """Write a recipe with those tiers; *more* is YAML for further ones."""
+def write_recipe(
+    directory: Path,
+    *,
+    memory: Path | None = None,
+    cluster: str | None = None,
+    local: Path | None = None,
+    more: str = "",
+) -> Path:
+    """Write a recipe with those tiers, *cluster* being the address of a service; *more* is YAML for further ones."""
     lines = ["version: 1", f"namespace: {NAMESPACE}", "tiers:"]
     if memory is not None:
         lines += ["  memory:", f"    {{kind: memory, path: {memory}, allow_disk: true, save: {{every_n_steps: 5}}}}"]
+    if cluster is not None:
+        haste = "connect_timeout_secs: 1, request_timeout_secs: 2, retry: {attempts: 1, deadline_secs: 2}"
+        lines += ["  cluster:", f"    {{kind: hyperpod, url: '{cluster}', save: {{every_n_steps: 10}}, {haste}}}"]
     if local is not None:
         lines += ["  local:", f"    {{kind: local, path: {local}, save: {{every_n_steps: 20}}}}"]
     path = directory / "recipe.yaml"

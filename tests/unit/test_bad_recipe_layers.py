@@ -153,7 +153,7 @@ PLACES = [
         "extends: base.yaml\ntiers: {s4: {uri: 's3://bucket/x'}}\n",
         "run.yaml, line 2, col 9: tiers.s4: there is no tier 's4' to change",
         "Did you mean 's3'?",
-        "Kind is one of memory, local, s3.",
+        "Kind is one of memory, local, s3, hyperpod.",
     ),
     child(
         "nothing to remove",

@@ -21,7 +21,7 @@ from sm_tiered.recipe_yaml import parse_yaml
 from tests.unit.test_bad_recipes import EDITS, KEYS, SEED_TEXT, TABLE, TIER_KEYS, VALUE
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHIPPED = sorted(RECIPES.glob("*.yaml"))
+SHIPPED = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("*/recipe.yaml")])
 SCHEMA: Any = recipe_schema()
 VALIDATOR: Any = Draft202012Validator(SCHEMA)
 
@@ -53,7 +53,8 @@ def test_it_is_a_schema_that_an_editor_can_find() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid_and_names_the_schema(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert text.splitlines()[0] == "# yaml-language-server: $schema=sm_tiered.schema.json"
+    named = text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+    assert (path.parent / named).resolve() == RECIPES / "sm_tiered.schema.json"
     assert [error.message for error in VALIDATOR.iter_errors(parse_yaml(text, path.name).value)] == []
 
 
