@@ -134,6 +134,7 @@ class Promotions:
                     finisher=self._store.finisher.module,
                     deadline_at=time.time() + settings.commit_deadline(tier),
                     patient=settings.is_patient(tier),
+                    place=settings.place_of(tier),
                 )
                 queue.put(entry)
                 self._handed.add((checkpoint, tier))

@@ -45,6 +45,8 @@ class Entry:
     """UTC seconds by this node's clock: when the promotion is given up."""
     patient: bool = True
     """Whether a tier that does not answer is asked until then; else its own retries are all."""
+    place: int = 0
+    """Of the tier in the recipe: of one checkpoint the nearest tier comes first."""
     sent: bool = False
     """Parts and record are on the tier; what is left is the commit."""
 
@@ -83,7 +85,7 @@ class Queue:
         crashpoint("enqueue.after")
 
     def entries(self) -> list[Entry]:
-        """Return what is waiting, oldest checkpoint first; files that are no entries are left alone."""
+        """Return what is waiting, oldest checkpoint and nearest tier first; files that are no entries are left alone."""
         found: list[Entry] = []
         for listed in self._memory.list(f"{layout.QUEUE}/"):
             name = _NAME.fullmatch(listed.key.removeprefix(f"{layout.QUEUE}/"))
@@ -93,7 +95,7 @@ class Queue:
                 found.append(_entry(self._memory.get(listed.key).data, sent=name[1] == "commit"))
             except (FormatError, KeyNotFoundError):
                 continue
-        return sorted(found, key=lambda entry: (entry.checkpoint, entry.tier, entry.rank))
+        return sorted(found, key=lambda entry: (entry.checkpoint, entry.place, entry.tier, entry.rank))
 
     def mark_sent(self, entry: Entry) -> None:
         """Say that the entry's bytes are on the tier and may be recycled; one that was taken out stays out."""
@@ -159,6 +161,7 @@ def _entry(data: bytes, *, sent: bool) -> Entry:
             finisher=str(fields["finisher"]),
             deadline_at=float(str(fields["deadline_at"])),
             patient=fields.get("patient", True) is not False,
+            place=int(str(fields.get("place", 0))),
             sent=sent,
         )
     except (ValueError, KeyError, TypeError) as error:

@@ -33,7 +33,7 @@ class Sender:
         Raises:
             SaveError: the record is gone from memory.
             CorruptPartError: memory holds something else than was recorded.
-            KeyExistsError: another record of the rank stands there.
+            KeyExistsError: another record of the rank stands there. A share takes the place of one that failed.
             TierError: the tier did not take it.
         """
         key = layout.in_dir(entry.checkpoint, layout.record_name(entry.rank))
@@ -42,7 +42,7 @@ class Sender:
         if standing == data:
             return 0  # it is written after the parts, so they are there too
         parts = [part for part in record_from_json(data).parts if not part.replica]
-        if standing is not None:
+        if standing is not None and not (isinstance(tier, ShareTier) and record_from_json(standing).failed):
             raise _another(entry, key)
         if isinstance(tier, ShareTier):
             self._send_share(entry, data, parts, tier)

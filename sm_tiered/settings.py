@@ -173,6 +173,10 @@ class Settings:
         services = (tier for tier in self.tiers if isinstance(tier, HyperPodSettings))
         return frozenset(tier.name for tier in services if tier.unreachable == "skip")
 
+    def place_of(self, tier: str) -> int:
+        """Return how many tiers of the recipe come before *tier*."""
+        return [known.name for known in self.tiers].index(tier)
+
     def is_patient(self, tier: str) -> bool:
         """Whether a save waits for *tier* to come back: not where the next one soon takes its place."""
         return not any(isinstance(known, HyperPodSettings) and known.name == tier for known in self.tiers)

@@ -87,6 +87,8 @@ def copy_checkpoint(
 
 def clear_failed(tier: Tier, checkpoint: CheckpointId, ranks: Iterable[int]) -> None:
     """Take away from *tier* what tells that *ranks* failed to bring *checkpoint* there: they are about to try again."""
+    if isinstance(tier, ShareTier):
+        return  # what they put takes its place
     for rank in ranks:
         key = layout.in_dir(checkpoint, layout.record_name(rank))
         with suppress(KeyNotFoundError):

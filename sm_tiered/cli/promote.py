@@ -258,6 +258,7 @@ def _entries(settings: Settings, found: _Found, target: TierSettings, recipe: st
             finisher=FINISHER if is_indexed(found.records) else "",
             deadline_at=time.time() + settings.commit_deadline(target.name),
             patient=settings.is_patient(target.name),
+            place=settings.place_of(target.name),
         )
         for rank in sorted(found.records)
     ]

@@ -32,11 +32,11 @@ def daemon() -> Iterator[StandInDaemon]:
 
 
 def _recipe(root: Path, memory: Path | None, url: str, **changes: Any) -> dict[str, Any]:
-    """Memory and the cluster at every step, a directory at every fifth."""
+    """Memory and the cluster at every step, a directory at every third."""
     cluster = {"kind": "hyperpod", "url": url, "save": {"every_n_steps": 1}, "keep": {"latest": 2}}
     cluster |= {"retry": {"attempts": 2, "deadline_secs": 8}, "connect_timeout_secs": 2, "commit_deadline_secs": 40}
     cluster |= changes.pop("cluster", {})
-    return recipe(root, memory, disk={"save": {"every_n_steps": 5}}, tiers={"cluster": cluster}, **changes)
+    return recipe(root, memory, disk={"save": {"every_n_steps": 3}}, tiers={"cluster": cluster}, **changes)
 
 
 def _state(rank: int, value: float) -> dict[str, Any]:
@@ -88,39 +88,38 @@ def _lose(root: Path, *ranks: int) -> None:
 
 
 def test_a_job_whose_nodes_are_lost_goes_on_from_the_cluster_s_memory(tmp_path: Path, daemon: StandInDaemon) -> None:
-    assert run(2, _train, str(tmp_path), daemon.url, 1, 7) == [[], []]
-    assert steps(tmp_path / "disk")
-    assert max(steps(tmp_path / "disk")) == 5
+    assert run(2, _train, str(tmp_path), daemon.url, 1, 4) == [[], []]
+    assert list(steps(tmp_path / "disk")) == [3]
     _lose(tmp_path, 1)
     both = run(2, _load, str(tmp_path), daemon.url)
-    assert both == [(7, "memory+cluster", True)] * 2
+    assert both == [(4, "memory+cluster", True)] * 2
     _lose(tmp_path, 0, 1)
-    assert run(2, _load, str(tmp_path), daemon.url) == [(7, "cluster", True)] * 2
+    assert run(2, _load, str(tmp_path), daemon.url) == [(4, "cluster", True)] * 2
 
 
 def test_the_service_keeps_what_the_policy_wants_and_drops_nothing_by_itself(
     tmp_path: Path, daemon: StandInDaemon
 ) -> None:
-    run(1, _train, str(tmp_path), daemon.url, 1, 9)
+    run(1, _train, str(tmp_path), daemon.url, 1, 5)
     held = daemon.namespaces[NAMESPACE].blobs[0]
-    wait_until(lambda: sorted(wire % 10**10 for wire in list(held)) == [8, 9], "there is more than was to be kept")
+    wait_until(lambda: sorted(wire % 10**10 for wire in list(held)) == [4, 5], "there is more than was to be kept")
     assert not daemon.dropped
 
 
 def test_a_job_that_went_back_goes_on_from_its_new_line_after_the_loss_of_its_node(
     tmp_path: Path, daemon: StandInDaemon
 ) -> None:
-    run(1, _train, str(tmp_path), daemon.url, 1, 8)
-    assert run(1, _rolled_back, str(tmp_path), daemon.url, 7) == [9]
+    run(1, _train, str(tmp_path), daemon.url, 1, 5)
+    assert run(1, _rolled_back, str(tmp_path), daemon.url, 4) == [6]
     _lose(tmp_path, 0)
     found = run(1, _load, str(tmp_path), daemon.url)[0]
-    assert found == (8, "cluster", True)
+    assert found == (5, "cluster", True)
     held = [divmod(step, 10**10) for step in sorted(daemon.namespaces[NAMESPACE].blobs[0])]
     assert held[-1][0] > held[0][0] >= 1, "two lines, the newer one above"
 
 
 def _rolled_back(rank: int, root: str, url: str, to: int) -> int:
-    """Go back to step *to* and save the next two steps; return the last step that there was before, plus one."""
+    """Go back to step *to* and save the next one; return the last step that there was before, plus one."""
     state = _state(rank, -1.0)
     with TieredCheckpointer.from_recipe(_recipe(Path(root), _node(root, rank), url)) as checkpointer:
         newest = checkpointer.latest()
@@ -167,12 +166,12 @@ def test_a_service_that_is_gone_harms_no_other_tier_and_is_told(tmp_path: Path, 
     url = daemon.url
     run(1, _train, str(tmp_path), url, 1, 2)
     daemon.__exit__()
-    told = run(1, _train, str(tmp_path), url, 3, 6)[0]
+    told = run(1, _train, str(tmp_path), url, 3, 4)[0]
     assert told
     assert all("cluster" in line for line in told)
-    assert max(steps(tmp_path / "disk")) == 5
+    assert list(steps(tmp_path / "disk")) == [3]
     _lose(tmp_path, 0)
-    assert run(1, _load, str(tmp_path), url)[0] == (5, "disk", True)
+    assert run(1, _load, str(tmp_path), url)[0] == (3, "disk", True)
 
 
 def test_a_start_that_can_t_tell_whether_anything_was_saved_is_no_fresh_start(
@@ -191,7 +190,7 @@ def test_a_start_that_can_t_tell_whether_anything_was_saved_is_no_fresh_start(
 
 def test_a_recipe_may_insist_on_the_service(tmp_path: Path, daemon: StandInDaemon) -> None:
     url = daemon.url
-    run(1, _train, str(tmp_path), url, 1, 5)
+    run(1, _train, str(tmp_path), url, 1, 3)
     daemon.__exit__()
     run_one = run(1, _load_insisting, str(tmp_path), url)[0]
     assert run_one[0] == "TierUnavailableError"
