@@ -9,7 +9,7 @@ import typer
 from sm_tiered.cli.common import reported
 from sm_tiered.cli.root import EXITS, JsonFlag, RecipePath, StepOption, TierOption, app
 
-__all__ = ["copy", "drain", "export", "pin", "promote", "prune", "request"]
+__all__ = ["copy", "drain", "export", "import_", "pin", "promote", "prune", "request"]
 
 _Step = Annotated[int, typer.Option("--step", metavar="N", help="That step.", show_default=False)]
 _AnyStep = Annotated[int | None, typer.Option("--step", metavar="N", help="That step.", show_default=False)]
@@ -118,6 +118,60 @@ def copy(
         namespace=namespace,
         as_json=as_json,
     )
+
+
+@app.command("import", epilog=EXITS, short_help="Take over checkpoints of amzn-sagemaker-checkpointing.")
+@reported
+def import_(
+    recipe: RecipePath,
+    origin: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="PLACE",
+            help="Its s3_tier_base_path, s3://bucket/prefix, or the cluster's service, http://HOST:9200.",
+            show_default=False,
+        ),
+    ],
+    namespace: Annotated[
+        str | None,
+        typer.Option("--from-namespace", metavar="NAME", help="Its namespace, if not ours.", show_default=False),
+    ] = None,
+    step: _AnyStep = None,
+    latest: Annotated[
+        bool, typer.Option("--latest", help="The newest complete one, as without --step or --all.")
+    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="All complete checkpoints.")] = False,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="TIER", help="Where to; may be left out if there is one.", show_default=False),
+    ] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="And pin them there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell; nothing is written.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Unpickle values that can't be loaded safely: that can run code.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> int:
+    """Take over checkpoints that amzn-sagemaker-checkpointing wrote: checked, converted, committed and read back.
+
+    They keep their steps and stand before every save of ours: a job goes on from them by itself, and where it has saves
+    of its own, those stay the latest. Any number of ranks can restore them, and stock DCP reads them.
+    """
+    from sm_tiered.cli import import_ as command
+
+    asked = command.Asked(
+        origin=origin,
+        namespace=namespace,
+        step=step,
+        latest=latest,
+        every=every,
+        to=to,
+        pin=pin,
+        dry_run=dry_run,
+        allow_pickle=allow_pickle,
+    )
+    return command.run(recipe, asked, as_json=as_json)
 
 
 @app.command(epilog=EXITS, short_help="Finish what a dead job left in memory.")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sm_tiered import layout, retention
+from sm_tiered.commit import Compose
 from sm_tiered.drain import Drain, Target
 from sm_tiered.errors import KeyNotFoundError
 from sm_tiered.event_log import Events
@@ -71,7 +72,7 @@ class Node:
         return True
 
 
-def _nobody(_finisher: str) -> None:
+def _nobody(_finisher: str) -> Compose:
     pytest.fail("files for other readers were made, and nothing could keep them")
 
 

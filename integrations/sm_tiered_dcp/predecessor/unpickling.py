@@ -1,0 +1,194 @@
+"""The predecessor's metadata, a pickle, read as data: its opcodes are followed, and nothing that it names is called.
+
+Classes stay names, and only those that DCP's metadata is made of are known; what they would make is a `Made`. Another
+name ends the reading. So there is nothing that a hostile pickle could run, or change in this process.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sm_tiered.errors import FormatError
+
+__all__ = ["Made", "Named", "read_pickle"]
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_OLD_METADATA = "torch.distributed._shard.sharded_tensor.metadata"
+_PACKAGE = "amzn_sagemaker_checkpointing.checkpointing.filesystem"
+_KNOWN: Mapping[str, str] = {
+    **{
+        f"{_METADATA}.{name}": name
+        for name in (
+            *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+            *("MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        )
+    },
+    f"{_OLD_METADATA}.TensorProperties": "TensorProperties",
+    f"{_OLD_METADATA}.MEM_FORMAT_ENCODING": "_MEM_FORMAT_ENCODING",
+    f"{_PACKAGE}.filesystem._SageMakerStorageInfo": "StorageInfo",  # 1.0
+    f"{_PACKAGE}.storage_info._SageMakerStorageInfo": "StorageInfo",  # 1.1
+    "torch.Size": "Size",
+    "torch.serialization._get_layout": "layout",
+    "collections.OrderedDict": "OrderedDict",
+    "pathlib.PosixPath": "Path",
+}
+"""What may be named, and what it is called here."""
+_DTYPES = frozenset(
+    {
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
+    }
+)
+_MOST_OPCODES = 500_000_000
+_LONGEST_INT_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A class, or a dtype: its name."""
+
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class Made:
+    """What a class would make: the class's name, what it would be called with, and the state it would be given."""
+
+    name: str
+    arguments: tuple[object, ...]
+    state: object = None
+
+
+_MARK = object()
+
+
+def read_pickle(data: bytes, what: str) -> object:
+    """Return the object that *data* pickles, made of plain values, `Named` and `Made`.
+
+    Raises:
+        FormatError: it names something that is no part of DCP's metadata, or is no such pickle. *what* names it.
+    """
+    machine = _Machine(what)
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if opcode.name == "STOP":
+                return machine.stack[-1]
+            if count > _MOST_OPCODES:
+                raise ValueError("it is too long")
+            machine.step(opcode.name, argument)
+    except FormatError:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise FormatError(f"{what} is no pickled DCP metadata: {type(error).__name__}: {said}") from error
+    raise FormatError(f"{what} is no pickled DCP metadata: it does not end")
+
+
+class _Machine:
+    """The stack machine that a pickle is written for, without any means to call or import."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self.stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """Do what an opcode says."""
+        if name in _PUSHED:
+            if isinstance(argument, int) and argument.bit_length() > 8 * _LONGEST_INT_BYTES:
+                raise ValueError("an integer that is too long")
+            self.stack.append(argument)
+        elif name in _FRESH:
+            self.stack.append(_FRESH[name]())
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = self.stack[-1]
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self._memo[argument])
+        elif name == "GLOBAL":
+            self.stack.append(self._named(*str(argument).split(" ", 1)))
+        elif name not in ("PROTO", "FRAME"):
+            self._combine(name)
+
+    def _combine(self, name: str) -> None:
+        """Opcodes that make one thing of several."""
+        stack = self.stack
+        if name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        elif name == "TUPLE":
+            stack.append(tuple(self._above_mark()))
+        elif name in ("APPEND", "APPENDS"):
+            items = [stack.pop()] if name == "APPEND" else self._above_mark()
+            _of(stack[-1], list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self._above_mark()
+            _of(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+        elif name == "STACK_GLOBAL":
+            attribute, module = _of(stack.pop(), str), _of(stack.pop(), str)
+            stack.append(self._named(module, attribute))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments, kind = _of(stack.pop(), tuple), _of(stack.pop(), Named)
+            stack.append(_made(kind, arguments))
+        elif name == "BUILD":
+            state = stack.pop()
+            _of(stack[-1], Made).state = state
+        else:
+            raise ValueError(f"an opcode {name}")
+
+    def _named(self, module: str, attribute: str) -> Named:
+        if module == "torch" and attribute in _DTYPES:
+            return Named(attribute)
+        known = _KNOWN.get(f"{module}.{attribute}")
+        if known is None:
+            raise FormatError(
+                f"{self._what} names {f'{module}.{attribute}'[:120]!r}, which is no part of DCP's metadata",
+                hint="Nothing of it was run. If you did not put it there, somebody else can write to that place.",
+            )
+        return Named(known)
+
+    def _above_mark(self) -> list[Any]:
+        place = len(self.stack) - 1
+        while self.stack[place] is not _MARK:
+            place -= 1
+        items = self.stack[place + 1 :]
+        del self.stack[place:]
+        return items
+
+
+_PUSHED = frozenset(
+    {
+        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+        *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"),
+    }
+)
+_FRESH: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: _MARK,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+}
+
+
+def _of(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"a {type(value).__name__} where a {kind.__name__} belongs")  # noqa: TRY004 - damage
+    return value
+
+
+def _made(kind: Named, arguments: tuple[Any, ...]) -> object:
+    if kind.name == "Size":
+        return tuple(_of(arguments[0], tuple))
+    if kind.name == "OrderedDict":
+        if arguments:
+            raise ValueError("an OrderedDict that is called with something")
+        return {}
+    return Made(kind.name, arguments)
