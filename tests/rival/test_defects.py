@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from sm_tiered.testing.daemon import StandInDaemon
 from sm_tiered.testing.proxy import FaultProxy
 from tests.predecessor import predecessor
-from tests.rival.defects import DEFECTS, Defect, row
+from tests.rival.defects import DEFECTS, Defect, row, table
 from tests.rival.rig import Rig
 
 if TYPE_CHECKING:
@@ -30,6 +31,13 @@ def test_ours(defect: Defect, make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(None)
     assert defect.show(rig) == defect.ours
     rig.end_drainer()
+
+
+def test_the_readme_has_the_table() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    between = re.search(r"<!-- defects -->\n(.*?)\n<!-- /defects -->", text, re.DOTALL)
+    assert between is not None, "no table between <!-- defects --> and <!-- /defects -->"
+    assert between[1] == table().strip()
 
 
 @pytest.mark.long
