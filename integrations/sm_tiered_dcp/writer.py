@@ -115,11 +115,7 @@ class TieredStorageWriter(StorageWriter, AsyncStager):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy *state_dict* into memory, whole; what DCP does afterwards in its thread copies nothing. Collective."""
-        if isinstance(self._engine.group, GlooGroup) and not self._group_taken:
-            raise ConfigError(
-                "dcp.async_save was called without our process group",
-                hint="Pass process_group=writer.process_group: collectives of two threads on one group can deadlock.",
-            )
+        self._check_group()
         if self._asked is None:
             # A step that is left from an earlier save would be taken for this one's.
             raise ConfigError(
@@ -131,6 +127,14 @@ class TieredStorageWriter(StorageWriter, AsyncStager):
         self.handle = self._saver.save(self._asked, state_dict, tiers=self._tiers, metrics=self._metrics, urgent=urgent)
         self._staged = True
         return state_dict
+
+    def _check_group(self) -> None:
+        """Refuse DCP's collectives in the background on the group of the training."""
+        if isinstance(self._engine.group, GlooGroup) and not self._group_taken:
+            raise ConfigError(
+                "dcp.async_save was called without our process group",
+                hint="Pass process_group=writer.process_group: collectives of two threads on one group can deadlock.",
+            )
 
     @property
     def should_synchronize_after_execute(self) -> bool:

@@ -1,0 +1,49 @@
+"""Taking over what the predecessor wrote, where our tiers have nothing."""
+
+from __future__ import annotations
+
+from sm_tiered import deadline
+from sm_tiered.errors import TieredError, error_from_json, error_to_json, typed
+from sm_tiered.recipe import Recipe
+from sm_tiered_dcp.engine import Engine
+
+__all__ = ["adopt"]
+
+_BEAT_SECS = 5.0
+
+
+def adopt(engine: Engine, recipe: Recipe, *, step: int | None) -> bool:
+    """Import the newest checkpoint of the predecessor, or *step*; return whether there was one. Collective.
+
+    Rank 0 does it; the others hear of it every few seconds, so that no collective takes as long as an import.
+
+    Raises:
+        TieredError: one is there and can't be taken over, or that can't be told.
+    """
+    task: deadline.Task[bool] | None = None
+    if engine.group.rank == 0:
+        task = deadline.Task(lambda: _adopt(recipe, step))
+    while True:
+        ended, found, failure = engine.group.gather(_state(task))[0]
+        if ended:
+            if failure is not None:
+                raise error_from_json(failure)
+            return bool(found)
+
+
+def _adopt(recipe: Recipe, step: int | None) -> bool:
+    from sm_tiered_dcp import predecessor
+
+    return predecessor.adopt(recipe, step=step)
+
+
+def _state(task: deadline.Task[bool] | None) -> tuple[bool, bool, dict[str, object] | None]:
+    """Whether it has ended, what was found, and why that could not be told."""
+    if task is None or not task.wait(_BEAT_SECS):
+        return False, False, None
+    try:
+        return True, task.result(0.0), None
+    except TieredError as error:
+        return True, False, error_to_json(error)
+    except Exception as error:
+        return True, False, error_to_json(typed(error))
