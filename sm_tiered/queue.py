@@ -85,7 +85,7 @@ class Queue:
         crashpoint("enqueue.after")
 
     def entries(self) -> list[Entry]:
-        """Return what is waiting, oldest checkpoint and nearest tier first; files that are no entries are left alone."""
+        """Return what is waiting, oldest checkpoint and nearest tier first; other files are left alone."""
         found: list[Entry] = []
         for listed in self._memory.list(f"{layout.QUEUE}/"):
             name = _NAME.fullmatch(listed.key.removeprefix(f"{layout.QUEUE}/"))
