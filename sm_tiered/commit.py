@@ -19,7 +19,10 @@ from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.conditions import check_conditions
 from sm_tiered.tiers.shares import ShareTier
 
-__all__ = ["Compose", "Outcome", "publish_attempt", "put_once", "try_commit"]
+__all__ = ["TAKEOVER_SECS", "Compose", "Outcome", "publish_attempt", "put_once", "try_commit"]
+
+TAKEOVER_SECS = 20.0
+"""How long those that have not rank 0 leave the commit to the one that has."""
 
 Compose = Callable[[Mapping[int, bytes]], Mapping[str, bytes]]
 """Makes the files for other readers (`.metadata`, `index.json`), by name, from the record files by rank."""
@@ -43,7 +46,9 @@ def try_commit(tier: Tier, checkpoint: CheckpointId, *, world: int, compose: Com
     """
     standing = _standing(tier, checkpoint)
     if standing is not None:
-        return standing
+        # Nobody writes a manifest there, so this is the commit: what was seen a while ago may be gone.
+        stands = not (lead and isinstance(tier, ShareTier)) or tier.confirm(checkpoint)
+        return standing if stands else Outcome.WAITING
     if not lead:
         return Outcome.WAITING
     records = read_records(tier, checkpoint)
@@ -54,7 +59,7 @@ def try_commit(tier: Tier, checkpoint: CheckpointId, *, world: int, compose: Com
     if set(records) != set(range(world)):
         return Outcome.WAITING
     if isinstance(tier, ShareTier):
-        return Outcome.COMMITTED
+        return Outcome.COMMITTED if tier.confirm(checkpoint) else Outcome.WAITING
     try:
         return _commit(tier, compose_manifest(records), compose(records))
     except KeyNotFoundError:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
-from sm_tiered import layout
-from sm_tiered.commit import Compose, Outcome, put_once, try_commit
+from sm_tiered import deadline, layout
+from sm_tiered.commit import TAKEOVER_SECS, Compose, Outcome, put_once, try_commit
 from sm_tiered.errors import (
     DeadlineExceededError,
     FormatError,
@@ -44,8 +44,6 @@ _POLL_SECS = (0.05, 2.0)
 """Shortest and longest pause between two looks for the other ranks' records."""
 _LAST_TRY_SECS = 60.0
 _PREPARE_SECS = 2.0
-_TAKEOVER_SECS = 20.0
-"""How long a node that has not rank 0 leaves the commit to the one that has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,14 +167,17 @@ class Drain:
         return True
 
     def _send(self, entry: Entry, target: Target) -> int:
-        try:
-            return self._sender.send(entry, target.tier)
-        except TierFullError:
-            if not isinstance(target.tier, ShareTier):
-                raise
-            # Its service would drop what is lowest: what is not wanted any more has to go before.
-            self._prune(entry)
-            return self._sender.send(entry, target.tier)
+        # What has no patience must not hold up the others: they are sent one after the other.
+        limit = nullcontext() if entry.patient else deadline.within(max(1.0, entry.deadline_at - self._clock()))
+        with limit:
+            try:
+                return self._sender.send(entry, target.tier)
+            except TierFullError:
+                if not isinstance(target.tier, ShareTier):
+                    raise
+                # Its service would drop what is lowest: what is not wanted any more has to go before.
+                self._prune(entry)
+                return self._sender.send(entry, target.tier)
 
     def _composer(self, promotion: _Promotion, target: Target) -> Compose | None:
         """Who makes the files for other readers; None: the trainers may be about to leave them."""
@@ -209,7 +210,7 @@ class Drain:
             return True
         now = self._clock()
         promotion.complete_since = promotion.complete_since or now
-        return now - promotion.complete_since > _TAKEOVER_SECS
+        return now - promotion.complete_since > TAKEOVER_SECS
 
     def _end(self, promotion: _Promotion, error: TieredError | None) -> None:
         first, secs = promotion.entries[0], self._clock() - promotion.begun_at

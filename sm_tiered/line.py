@@ -59,10 +59,15 @@ class Line:
 
     # ---- opening an attempt
 
-    def attempt(self) -> Attempt:
-        """Return the attempt that saves go to; the first call without a restore opens one. Collective then."""
-        if self.current is None and self._looked_at is not None:
+    def attempt(self, step: int | None = None) -> Attempt:
+        """Return the attempt that a save of *step* goes to. Collective where one is opened.
+
+        The first call without a restore opens one. So does, after a look at an older step, one that is not above what
+        was saved: the training went back there.
+        """
+        if self._looked_at is not None and (self.current is None or self._goes_back(step)):
             seen, restored, chosen = self._looked_at
+            self._looked_at = None
             self.begin_after(seen, restored, chosen=chosen)
         if self.current is None:
             seen = self._quick_survey()
@@ -70,6 +75,9 @@ class Line:
             self._keep_newest(seen)
         assert self._record is not None
         return self._record.attempt
+
+    def _goes_back(self, step: int | None) -> bool:
+        return step is not None and self._last_step is not None and step <= self._last_step
 
     def begin_after(self, seen: Survey, restored: Restored | None, *, chosen: bool) -> None:
         """Open the attempt that continues from *restored*, unless the present one already does. Collective."""
@@ -93,8 +101,7 @@ class Line:
 
     def begin_when_saved(self, seen: Survey, restored: Restored | None, *, chosen: bool) -> None:
         """Leave it to a first save to open the attempt that continues from *restored*: this was a look."""
-        if self.current is None:
-            self._looked_at = (seen, restored, chosen)
+        self._looked_at = (seen, restored, chosen)
 
     def _open(self, seen: Survey, *, parent: CheckpointId | None, chosen: bool, source: str | None = None) -> None:
         known = [*seen.seen, *([self.current] if self.current else [])]
@@ -156,9 +163,11 @@ class Line:
             for tier in self._settings.durable
             if isinstance(tier, (S3Settings, HyperPodSettings))
         }
-        seen = survey(self._group, replace(self._tiers, durable={**self._tiers.durable, **quick}))
-        for tier in quick.values():
-            tier.close()
+        try:
+            seen = survey(self._group, replace(self._tiers, durable={**self._tiers.durable, **quick}))
+        finally:
+            for tier in quick.values():
+                tier.close()
         for name, reason in {**seen.unreachable, **seen.skipped}.items():
             self._events.emit(TierUnreachable(tier=name, error=reason))
         return seen
@@ -167,11 +176,11 @@ class Line:
 
     def next_checkpoint(self, step: int) -> CheckpointId:
         """Return the name of a save of *step* in the present attempt."""
-        return CheckpointId(attempt=self.attempt(), step=step)
+        return CheckpointId(attempt=self.attempt(step), step=step)
 
     def note_saved(self, checkpoint: CheckpointId) -> None:
         """Say that a save of *checkpoint* has begun."""
-        self._last_step = checkpoint.step
+        self._last_step, self._looked_at = checkpoint.step, None
         if self._generations.line[-1:] != [checkpoint]:
             self._generations.add(checkpoint)
 

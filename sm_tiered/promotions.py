@@ -132,8 +132,8 @@ class Promotions:
                     world=group.world,
                     recipe=recipe,
                     finisher=self._store.finisher.module,
-                    deadline_at=time.time() + settings.commit_deadline(tier),
-                    patient=settings.is_patient(tier),
+                    deadline_at=time.time() + settings.tier(tier).in_flight_secs(settings.commit_deadline_secs),
+                    patient=settings.tier(tier).patient,
                     place=settings.place_of(tier),
                 )
                 queue.put(entry)

@@ -90,6 +90,8 @@ class Candidate:
     """Why it can't be restored."""
     unreachable: tuple[str, ...] = ()
     """Durable tiers that did not answer when they were asked for it."""
+    skipped: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Optional ones that did not, with the reason."""
     watermarked: bool = False
     """Whether one of its records tells of an earlier complete checkpoint."""
 
@@ -167,10 +169,13 @@ def assemble(group: Group, tiers: Tiers, seen: Survey, checkpoint: CheckpointId)
     in_memory = dict(own) if one_node and not any(shares) else _merged(shares)
     troubles = [view["trouble"] for view in views if view["trouble"]]
     found = _candidate(checkpoint, in_memory, views[0]["durable"], troubles)
-    silent = tuple(
-        name for name, view in views[0]["durable"].items() if view.get("unreachable") and name not in tiers.optional
+    silent = {name: view["problem"] for name, view in views[0]["durable"].items() if view.get("unreachable")}
+    return replace(
+        found,
+        near=found.near & frozenset(own),
+        unreachable=tuple(name for name in silent if name not in tiers.optional),
+        skipped={name: reason for name, reason in silent.items() if name in tiers.optional},
     )
-    return replace(found, near=found.near & frozenset(own), unreachable=silent)
 
 
 def _own_records(tiers: Tiers, checkpoint: CheckpointId) -> tuple[dict[int, bytes], str | None]:
@@ -278,9 +283,9 @@ def unreachable(name: str, reason: str) -> TierUnavailableError:
 
 
 def unknown(name: str, reason: str) -> TierUnavailableError:
-    """Return the error that says that no tier has anything but, perhaps, the optional tier *name*."""
+    """Return the error that says that nothing can be restored but, perhaps, from the optional tier *name*."""
     return TierUnavailableError(
-        f"can't tell whether anything was saved: tier {name} did not answer ({reason}), and nothing else was found",
+        f"can't tell what there is: tier {name} did not answer ({reason}), and nothing else can be restored",
         hint="Try again. Where nothing can be there, take the tier out of the recipe for this start.",
         tier=name,
     )

@@ -18,7 +18,7 @@ from sm_tiered.group import Group
 from sm_tiered.records import CheckpointId
 from sm_tiered.resolve import Candidate, Survey, Tiers, assemble, unknown, unreachable
 from sm_tiered.sources import Room
-from sm_tiered.voted_load import Loader, Walk, load
+from sm_tiered.voted_load import Loaded, Loader, Walk, load
 
 __all__ = ["Restored", "walk"]
 
@@ -73,9 +73,8 @@ def walk(
     for checkpoint in chosen:
         if state.silent is not None and checkpoint.attempt != chosen[0].attempt:
             state.give_up(state.silent)
-        candidate = assemble(group, state.tiers, seen, checkpoint)
+        candidate, loaded = _take(state, seen, checkpoint, events)
         watermarked |= candidate.watermarked or candidate.problem is None
-        loaded = candidate.problem or load(state, candidate)
         if not isinstance(loaded, str):
             _tell_copies(events, candidate, state.passed_over)
             return Restored(
@@ -92,9 +91,23 @@ def walk(
     if step is None and seen.damaged:
         reasons.append(f"the record of {max(seen.damaged)} is damaged: what it continues can't be told")
         watermarked = True
-    if seen.skipped and not state.placed:
-        raise unknown(*next(iter(seen.skipped.items())))
+    skipped = {**seen.skipped, **state.skipped}
+    if skipped and not state.placed:
+        raise unknown(*next(iter(skipped.items())))
     return _nothing(state, reasons, watermarked=watermarked, step=step)
+
+
+def _take(state: Walk, seen: Survey, checkpoint: CheckpointId, events: Events) -> tuple[Candidate, Loaded | str]:
+    """Load *checkpoint*, and again without an optional tier that fell silent over it: others may have it too."""
+    while True:
+        before = set(state.skipped)
+        candidate = assemble(state.group, state.tiers, seen, checkpoint)
+        state.skip(candidate.skipped)
+        loaded = candidate.problem or load(state, candidate)
+        for name in sorted(set(state.skipped) - before):
+            events.emit(TierUnreachable(tier=name, error=state.skipped[name]))
+        if not isinstance(loaded, str) or set(state.skipped) == before:
+            return candidate, loaded
 
 
 def _check_reachable(tiers: Tiers, seen: Survey, events: Events, *, use_memory: bool) -> None:

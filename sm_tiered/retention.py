@@ -203,7 +203,9 @@ def _overtaken(tier: Tier, chosen: Plan) -> bool:
 
 def _manifest(tier: Tier, checkpoint: CheckpointId) -> Manifest | None:
     try:
-        return read_manifest(tier, checkpoint)
+        # Asked anew: what is no longer whole must not count among what is kept.
+        gone = isinstance(tier, ShareTier) and not tier.confirm(checkpoint)
+        return None if gone else read_manifest(tier, checkpoint)
     except (FormatError, CorruptPartError):
         # Damaged or newer than this release: not ours to judge, so not ours to delete.
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 from sm_tiered import checksum, layout
 from sm_tiered.commit import put_once
@@ -12,12 +13,14 @@ from sm_tiered.drain_progress import DrainProgress
 from sm_tiered.errors import CorruptPartError, KeyExistsError, KeyNotFoundError, SaveError
 from sm_tiered.manifest import MAX_BYTES, record_from_json
 from sm_tiered.queue import Entry
-from sm_tiered.records import Part
+from sm_tiered.records import Part, Record
 from sm_tiered.tiers.base import Chunks, Tier
-from sm_tiered.tiers.memory import MemoryTier
-from sm_tiered.tiers.shares import Share, ShareTier
+from sm_tiered.tiers.memory import MemoryTier, OpenPart
+from sm_tiered.tiers.shares import ShareTier, share_of
 
 __all__ = ["Sender"]
+
+_PIECE_BYTES = 1024 * 1024
 
 
 class Sender:
@@ -41,11 +44,12 @@ class Sender:
         standing = _standing(tier, key)
         if standing == data:
             return 0  # it is written after the parts, so they are there too
-        parts = [part for part in record_from_json(data).parts if not part.replica]
+        record = record_from_json(data)
+        parts = [part for part in record.parts if not part.replica]
         if standing is not None and not (isinstance(tier, ShareTier) and record_from_json(standing).failed):
             raise _another(entry, key)
         if isinstance(tier, ShareTier):
-            self._send_share(entry, data, parts, tier)
+            self._send_share(entry, record, data, tier)
         else:
             self._send_files(entry, key, data, parts, tier)
         crashpoint("promote.after_record")
@@ -64,7 +68,8 @@ class Sender:
         sent = 0
         for part in parts:
             crashpoint("promote.before_part")
-            with self._opened(entry, part, sent) as chunks:
+            with self._open(entry, part) as source:
+                chunks = partial(self._chunks, entry, part, sent, source)
                 tier.put_part(layout.in_dir(entry.checkpoint, part.name), chunks, part.size)
             sent += part.size
             crashpoint("promote.after_part")
@@ -77,33 +82,43 @@ class Sender:
         with suppress(KeyNotFoundError):
             tier.put(key, self._memory.get(key, max_bytes=MAX_BYTES).data)
 
-    def _send_share(self, entry: Entry, data: bytes, parts: list[Part], tier: ShareTier) -> None:
+    def _send_share(self, entry: Entry, record: Record, data: bytes, tier: ShareTier) -> None:
         with ExitStack() as stack:
             opened: list[tuple[Part, Chunks]] = []
             sent = 0
-            for part in parts:
-                opened.append((part, stack.enter_context(self._opened(entry, part, sent))))
+            for part in (part for part in record.parts if not part.replica):
+                source = stack.enter_context(self._open(entry, part))
+                opened.append((part, partial(self._pieces, entry, part, sent, source)))
                 sent += part.size
             crashpoint("promote.before_part")
-            share = Share(
-                checkpoint=entry.checkpoint, rank=entry.rank, world=entry.world, record=data, parts=tuple(opened)
-            )
-            tier.put_share(share)
+            tier.put_share(share_of(record, data, opened))
 
     @contextmanager
-    def _opened(self, entry: Entry, part: Part, before: int) -> Generator[Chunks, None, None]:
-        """Give what reads *part*, verified; *before*: bytes of the rank's parts that come ahead of it."""
+    def _open(self, entry: Entry, part: Part) -> Generator[OpenPart, None, None]:
         key = layout.in_dir(entry.checkpoint, part.name)
         with self._memory.open_part(key) as source:
             if source.size != part.size:
                 raise CorruptPartError(f"{key} has {source.size} bytes, recorded {part.size}", tier="memory", key=key)
+            yield source
 
-            def read() -> Iterator[memoryview]:
-                for start in range(0, part.size, checksum.CHUNK_BYTES):
-                    self._progress.tell(entry, before + start)
-                    yield memoryview(source.pread(start, min(checksum.CHUNK_BYTES, part.size - start)))
+    def _chunks(self, entry: Entry, part: Part, before: int, source: OpenPart) -> Iterator[memoryview]:
+        """Yield the bytes of *part* as whole chunks, verified; *before*: bytes of the rank's that come ahead of it."""
 
-            yield lambda: checksum.verified(read(), part.chunks, key)
+        def read() -> Iterator[memoryview]:
+            for start in range(0, part.size, checksum.CHUNK_BYTES):
+                self._progress.tell(entry, before + start)
+                yield memoryview(source.pread(start, min(checksum.CHUNK_BYTES, part.size - start)))
+
+        return checksum.verified(read(), part.chunks, layout.in_dir(entry.checkpoint, part.name))
+
+    def _pieces(self, entry: Entry, part: Part, before: int, source: OpenPart) -> Iterator[memoryview]:
+        """Yield the bytes of *part* in one buffer that stays in the CPU's cache; the tier verifies them."""
+        buffer = memoryview(bytearray(min(_PIECE_BYTES, part.size)))
+        for start in range(0, part.size, _PIECE_BYTES):
+            self._progress.tell(entry, before + start)
+            piece = buffer[: min(_PIECE_BYTES, part.size - start)]
+            source.pread_into(start, piece)
+            yield piece
 
 
 def _standing(tier: Tier, key: str) -> bytes | None:

@@ -31,6 +31,15 @@ class TierSettings:
     """When to save there; None: only when a save names the tier."""
     keep: KeepPolicy
 
+    @property
+    def patient(self) -> bool:
+        """Whether a save waits for the tier to come back."""
+        return True
+
+    def in_flight_secs(self, most: float) -> float:
+        """Return how long a save may be in flight there, in a job that allows *most*."""
+        return most
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySettings(TierSettings):
@@ -97,6 +106,15 @@ class HyperPodSettings(TierSettings):
     """One operation with all its retries, and a second more for every 4 MiB that it moves."""
     commit_deadline_secs: float = 120.0
     """How long a save may be in flight: it is soon followed by the next one."""
+
+    @property
+    def patient(self) -> bool:
+        """False: the next save soon takes the place of one that failed."""
+        return False
+
+    def in_flight_secs(self, most: float) -> float:
+        """Return how long a save may be in flight there, in a job that allows *most*."""
+        return min(most, self.commit_deadline_secs)
 
     @property
     def most_kept(self) -> int:
@@ -177,13 +195,6 @@ class Settings:
         """Return how many tiers of the recipe come before *tier*."""
         return [known.name for known in self.tiers].index(tier)
 
-    def is_patient(self, tier: str) -> bool:
-        """Whether a save waits for *tier* to come back: not where the next one soon takes its place."""
-        return not any(isinstance(known, HyperPodSettings) and known.name == tier for known in self.tiers)
-
-    def commit_deadline(self, tier: str) -> float:
-        """How long a save to *tier* may be in flight, in seconds."""
-        for known in self.tiers:
-            if isinstance(known, HyperPodSettings) and known.name == tier:
-                return min(known.commit_deadline_secs, self.commit_deadline_secs)
-        return self.commit_deadline_secs
+    def tier(self, name: str) -> TierSettings:
+        """Return the tier called *name*, which the recipe has."""
+        return self.tiers[self.place_of(name)]

@@ -214,7 +214,7 @@ class Store:
         memory = self.tiers.memory.name if self.tiers.memory is not None else None
         restored = self.restored.checkpoint if self.restored is not None else None
         return History(
-            began_at=float(min((attempt.utc_secs for attempt in self._seen.seen), default=0)) or None,
+            began_at=float(min((a.utc_secs for a in self._seen.seen if not a.is_imported), default=0)) or None,
             failures=count_failures(attempts.values(), memory=memory, durable=self.tiers.durable),
             extremes=extremes_of(self.tiers, self._seen, restored, events=self.events) if metrics else {},
         )
@@ -274,14 +274,19 @@ class Store:
             TierUnavailableError: a durable tier did not answer, or an optional one where no other has anything.
         """
         seen = self._survey(SoloGroup())
-        tiers = self.tiers.without(seen.skipped)
+        tiers, skipped = self.tiers.without(seen.skipped), dict(seen.skipped)
         for checkpoint in seen.candidates:
             if tiers.memory and read_holding(tiers.memory, checkpoint, durable=False).problem is None:
                 return checkpoint.step
-            for tier in tiers.durable.values():
-                if read_holding(tier, checkpoint, durable=True).problem is None:
-                    return checkpoint.step
-        for name, reason in seen.skipped.items():
+            for name, tier in tiers.durable.items():
+                try:
+                    if name not in skipped and read_holding(tier, checkpoint, durable=True).problem is None:
+                        return checkpoint.step
+                except TierUnavailableError as error:
+                    if name not in tiers.optional:
+                        raise
+                    skipped[name] = error.message
+        for name, reason in skipped.items():
             raise unknown(name, reason)
         return None
 

@@ -6,25 +6,25 @@ It blocks the training, so it has a deadline; the commit follows the same protoc
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import xxhash
 
 from sm_tiered import deadline, layout
 from sm_tiered.checksum import CHUNK_BYTES
-from sm_tiered.commit import Outcome, put_once, try_commit
+from sm_tiered.commit import TAKEOVER_SECS, Outcome, put_once, try_commit
 from sm_tiered.errors import DeadlineExceededError, KeyExistsError, SaveError, TieredError, typed
 from sm_tiered.events import SaveFailed, SaveStreamed
 from sm_tiered.handle import SaveHandle, TierState
 from sm_tiered.ledger import Ledger
 from sm_tiered.manifest import record_to_json
 from sm_tiered.parts import PartSource
-from sm_tiered.records import Part, Record
+from sm_tiered.records import CheckpointId, Part, Record
 from sm_tiered.store import Store
 from sm_tiered.tiers.base import Chunks, Tier
 from sm_tiered.tiers.file_list import put_file_list
-from sm_tiered.tiers.shares import Share, ShareTier
+from sm_tiered.tiers.shares import ShareTier, share_of
 from sm_tiered.worker import Worker
 
 __all__ = ["Streamer", "stream"]
@@ -33,8 +33,6 @@ _WATCH_SECS = (0.05, 2.0)
 """Shortest and longest pause between two looks whether a streamed save is committed."""
 _LAST_WORDS_SECS = 10.0
 """How long a rank tries to tell a tier that it failed there."""
-_TAKEOVER_SECS = 20.0
-"""How long the other ranks leave the commit to rank 0."""
 
 
 class Streamer:
@@ -42,6 +40,8 @@ class Streamer:
 
     def __init__(self, store: Store, worker: Worker, ledger: Ledger) -> None:
         self._store, self._worker, self._ledger = store, worker, ledger
+        self._committed: CheckpointId | None = None
+        """The newest that this rank saw committed: without a memory tier nothing else tells the next record of it."""
 
     def stream(
         self,
@@ -53,6 +53,7 @@ class Streamer:
     ) -> None:
         """Bring *parts* to *tiers*; *cause* is why memory can't be used, None when it has no free generation."""
         store, limit = self._store, self._limit(alone=cause is not None)
+        record = replace(record, watermark=record.watermark or self._committed)
         end = time.monotonic() + limit
         for name in sorted(tiers):
             state, begun, tier = handle.state(name), time.monotonic(), store.tiers.durable[name]
@@ -71,8 +72,11 @@ class Streamer:
             reason = str(cause) if cause else store.no_room_reason
             secs = time.monotonic() - begun
             store.events.emit(SaveStreamed(step=record.checkpoint.step, tier=name, reason=reason, secs=secs))
-            look = _CommitWatch(store, tier, written, state).look
+            look = _CommitWatch(store, tier, written, state, self._note_committed).look
             self._worker.submit(lambda look=look: self._worker.poll(look, to_the_end=True, pause_secs=_WATCH_SECS))
+
+    def _note_committed(self, checkpoint: CheckpointId) -> None:
+        self._committed = max(checkpoint, self._committed or checkpoint)
 
     def _limit(self, *, alone: bool) -> float:
         """How long the training may wait; where this rank streams *alone*, the others wait in the next exchange."""
@@ -128,14 +132,7 @@ def _stream_share(tier: ShareTier, own: Sequence[PartSource], record: Record, en
             pass
         hashed.append((Part(name=part.name, size=part.size, chunks=tuple(digests)), _in_time(part, end)))
     full = replace(record, parts=tuple(part for part, _ in hashed), tables=tuple(part.table for part in own))
-    share = Share(
-        checkpoint=record.checkpoint,
-        rank=record.rank,
-        world=record.world,
-        record=record_to_json(full),
-        parts=tuple(hashed),
-    )
-    tier.put_share(share)
+    tier.put_share(share_of(full, record_to_json(full), hashed))
     return full
 
 
@@ -182,10 +179,12 @@ def _hashed(pieces: Iterator[memoryview], digests: list[str]) -> Iterator[memory
 class _CommitWatch:
     """Looks after a streamed save, now and then, until its checkpoint is committed; rank 0 commits it itself."""
 
-    def __init__(self, store: Store, tier: Tier, record: Record, state: TierState) -> None:
-        self._store, self._tier, self._record, self._state = store, tier, record, state
+    def __init__(
+        self, store: Store, tier: Tier, record: Record, state: TierState, told: Callable[[CheckpointId], None]
+    ) -> None:
+        self._store, self._tier, self._record, self._state, self._told = store, tier, record, state, told
         now = time.monotonic()
-        self._lead_at = now if record.rank == 0 else now + _TAKEOVER_SECS
+        self._lead_at = now if record.rank == 0 else now + TAKEOVER_SECS
         self._end = now + store.settings.commit_deadline_secs
 
     def look(self) -> bool:
@@ -196,6 +195,7 @@ class _CommitWatch:
         except Exception as error:  # noqa: BLE001 - the worker has no caller: the handle delivers it
             self._state.settle(typed(error))
             return True
+        self._told(self._record.checkpoint)
         self._state.settle(None)
         if self._record.rank == 0:
             self._prune()

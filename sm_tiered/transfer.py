@@ -29,7 +29,7 @@ from sm_tiered.records import CheckpointId, Manifest, Part, Record
 from sm_tiered.resealing import reseal_attempt, reseal_index, reseal_record
 from sm_tiered.tiers.base import Chunks, Tier
 from sm_tiered.tiers.conditions import check_conditions
-from sm_tiered.tiers.shares import Share, ShareTier
+from sm_tiered.tiers.shares import ShareTier, share_of
 
 __all__ = ["Copied", "Progress", "clear_failed", "copy_checkpoint", "is_indexed"]
 
@@ -222,11 +222,7 @@ class _Copy:
             opened: list[tuple[Part, Chunks]] = []
             for part in parts:
                 opened.append((part, stack.enter_context(self._opened(part, sum(p.size for p, _ in opened)))))
-            target.put_share(
-                Share(
-                    checkpoint=self.checkpoint, rank=record.rank, world=record.world, record=data, parts=tuple(opened)
-                )
-            )
+            target.put_share(share_of(record, data, opened))
         self.sent += sum(part.size for part in parts)
 
     def _holds(self, key: str, data: bytes) -> bool:

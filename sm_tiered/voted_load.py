@@ -88,8 +88,15 @@ class Walk:
     placed: bool = False
     silent: TierUnavailableError | None = None
     """What a tier said that did not answer. From then on only memory counts, on all ranks alike."""
+    skipped: dict[str, str] = field(default_factory=dict[str, str])
+    """Optional tiers that did not answer, with the reason: the restore goes on without them, on all ranks alike."""
     passed_over: list[str] = field(default_factory=list[str])
     """Why parts of the present candidate did not come from the nearest tier."""
+
+    def skip(self, silent: Mapping[str, str]) -> None:
+        """Go on without these optional tiers, which did not answer, for the reason given."""
+        self.skipped |= silent
+        self.tiers = self.tiers.without(silent)
 
     def without_durable(self, error: TierUnavailableError) -> None:
         """Go on from memory alone if the recipe allows it, for an older checkpoint would silently lose steps."""
@@ -245,7 +252,10 @@ def _vote(state: Walk, error: TieredError | None) -> str | None:
     rank, first = next(iter(failed.items()))
     more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
     refused = f"rank {rank}: {first.message}{more}"
-    silent = next((verdict for verdict in failed.values() if isinstance(verdict, TierUnavailableError)), None)
-    if silent is not None:
-        state.without_durable(silent)
+    silent = [verdict for verdict in failed.values() if isinstance(verdict, TierUnavailableError)]
+    optional = {verdict.tier: verdict.message for verdict in silent if verdict.tier in state.tiers.optional}
+    state.skip(optional)
+    required = next((verdict for verdict in silent if verdict.tier not in optional), None)
+    if required is not None:
+        state.without_durable(required)
     return refused

@@ -110,7 +110,7 @@ def _planned(
 ) -> TierPlan:
     if newest is None:
         return TierPlan(name=chosen.name, plan=retention.Plan())
-    secs = settings.commit_deadline(chosen.name)
+    secs = chosen.in_flight_secs(settings.commit_deadline_secs)
     plan = retention.plan(tier, chosen.keep, attempt=newest, in_flight_secs=secs, in_flight=busy)
     sizes = {c: _bytes(tier, c) for c in plan.delete}
     uploads = abort_stale_uploads(tier, max(STALE_UPLOAD_SECS, secs), count_only=True)

@@ -7,7 +7,7 @@ passes `sm_tiered.testing.contract.TierContract`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 __all__ = ["Blob", "Chunks", "Entry", "Tier"]
@@ -24,6 +24,8 @@ class Entry:
     size: int
     modified_at: float
     """UTC seconds since the epoch, by the tier's clock."""
+    version: str = field(default="", compare=False)
+    """What the tier calls this version of it, another for other bytes; empty where it tells none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,10 @@ from sm_tiered.records import Attempt, CheckpointId
 from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers.base import Blob, Chunks, Entry
 from sm_tiered.tiers.hyperpod_index import Index
-from sm_tiered.tiers.hyperpod_read import ShareReader, take
+from sm_tiered.tiers.hyperpod_read import ShareReader
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
 from sm_tiered.tiers.hyperpod_view import View
+from sm_tiered.tiers.hyperpod_whole import Whole
 from sm_tiered.tiers.hyperpod_write import Writer
 from sm_tiered.tiers.shares import Share
 
@@ -33,8 +34,9 @@ class HyperPodTier:
         self._service = HyperPodService(settings)
         self._index = Index(self._service, settings, self._namespace)
         self._reader = ShareReader(self._service, settings)
-        self._writer = Writer(self._service, self._index, settings, self._namespace)
-        self._view = View(self._index, self._reader, tier=settings.name, waiting=self._writer.waiting)
+        self._whole = Whole(self._index, settings, self._namespace)
+        self._writer = Writer(self._service, self._index, self._whole, settings, self._namespace)
+        self._view = View(self._index, self._whole, self._reader, tier=settings.name)
 
     @property
     def name(self) -> str:
@@ -61,9 +63,17 @@ class HyperPodTier:
         """Return how many bytes may have to be received to read under *key*."""
         return self._view.reach(key)
 
+    def looks(self, key: str) -> int:
+        """Return how many shares a call on *key*, or on all keys, may have to look at."""
+        return self._index.most_looks(one=layout.parse_checkpoint_dir(key.partition("/")[0]) is not None)
+
     def put_share(self, share: Share) -> None:
         """See `ShareTier.put_share`. Shares of older checkpoints that were never whole make room for it."""
         self._writer.put_share(share)
+
+    def confirm(self, checkpoint: CheckpointId) -> bool:
+        """See `ShareTier.confirm`."""
+        return self._whole.confirm(checkpoint)
 
     def drop(self, checkpoint: CheckpointId) -> None:
         """See `ShareTier.drop`."""
@@ -73,7 +83,7 @@ class HyperPodTier:
         """Write the record of an attempt, or that of a rank that failed; see `Tier.put_if_absent`."""
         attempt = self._attempt_of(key)
         if attempt is not None:
-            self._writer.put_attempt(key, attempt, data)
+            self._writer.attempts.put(key, attempt, data)
             return
         try:
             checkpoint, name = self._view.split(key)
@@ -104,7 +114,7 @@ class HyperPodTier:
                 raise self._refusal("delete", key)
         for _, attempt in doomed:
             if attempt is not None:
-                self._writer.delete_attempt(attempt)
+                self._writer.attempts.delete(attempt)
 
     def _attempt_of(self, key: str) -> Attempt | None:
         return layout.parse_attempt_key(key) if key.startswith(f"{layout.ATTEMPTS}/") else None
@@ -132,7 +142,7 @@ class HyperPodTier:
         self._service.put_small(slot, data)
         body = self._service.open(slot)
         try:
-            found = take(body, len(data) + 1)
+            found = body.take(len(data) + 1)
         finally:
             body.close()
         if found != data or self._service.latest(namespace) != [slot.wire]:

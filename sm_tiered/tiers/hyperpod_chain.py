@@ -8,11 +8,13 @@ one; what is read may stand in any. On the wire the attempt comes before the ste
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
-from sm_tiered.errors import KeyNotFoundError, TierRefusedError, TierUnavailableError
+from sm_tiered.errors import KeyNotFoundError, TierError, TierRefusedError, TierUnavailableError
 from sm_tiered.layout import MAX_STEP
 from sm_tiered.records import Attempt, CheckpointId
+from sm_tiered.tiers.hyperpod_looks import each
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
 
 __all__ = ["PROBE_ORDINAL", "Chain", "attempt_wire", "wire_steps"]
@@ -21,6 +23,9 @@ PROBE_ORDINAL = 900_000
 """Steps of this ordinal are tried, and deleted, before the first write; those of attempts are below."""
 
 _MOST_MEMBERS = 64
+_ABSENT = 4
+"""After as many names in a row that are not there, no more are asked for: one in between may have been deleted."""
+
 _PROBES = 3
 
 _random = random.Random()
@@ -52,14 +57,18 @@ class Chain:
     def members(self, *, fresh: bool = False) -> tuple[Namespace, ...]:
         """Return the namespaces that are there; *fresh*: ask again."""
         if self._members is None or fresh:
-            found: list[Namespace] = []
-            while len(found) < _MOST_MEMBERS:
-                member = self._service.describe(self._name(len(found)))
-                if member is None:
-                    break
-                found.append(member)
-            self._members = tuple(found)
+            self._members = tuple(self._ask())
         return self._members
+
+    def _ask(self) -> Iterator[Namespace]:
+        asked, absent = 0, 0
+        while absent < _ABSENT and asked < _MOST_MEMBERS:
+            names = list(map(self._name, range(asked, min(_MOST_MEMBERS, asked + _ABSENT - absent))))
+            for member in each(self._service.describe, names, secs=self._service.call_secs):
+                absent = 0 if member is not None else absent + 1
+                if member is not None:
+                    yield member
+            asked += len(names)
 
     def forget(self) -> None:
         """Ask anew what is there: something has changed."""
@@ -67,17 +76,18 @@ class Chain:
         self._large.clear()
         self._homes.clear()
 
-    def home(self, attempt: Attempt, *, world: int, slot: int | None) -> Namespace:
+    def home(self, attempt: Attempt, *, world: int, slot: int | None, empty: Callable[[Namespace], bool]) -> Namespace:
         """Return the namespace that *attempt* writes to with *world* ranks; it is made where there is none.
 
-        *slot* is the rank whose slot may be tried with a large step; None: the last one.
+        *slot* is the rank whose slot may be tried with a large step; None: the last one. *empty* empties a namespace
+        that holds nothing that is needed, and returns whether it did: it is asked once no name is left.
 
         Raises:
             TierRefusedError: the service does not make a namespace that is large enough.
         """
         found = self._homes.get((attempt, world)) or self.standing_home(attempt, world=world, slot=slot)
         while found is None:
-            self._make(world)
+            self._make(world, empty)
             found = self.standing_home(attempt, world=world, slot=slot)
         self._homes[attempt, world] = found
         return found
@@ -87,7 +97,7 @@ class Chain:
         if attempt.ordinal >= PROBE_ORDINAL:
             raise TierRefusedError(f"{attempt} is beyond what the service can count", tier=self._service.tier)
         for member in self.members(fresh=True):
-            if member.ranks <= world or member.kept < self._kept:
+            if not self._fits(member, world):
                 continue
             held = set[Attempt | None]().union(*(self._holders(member, w) for w in self._service.latest(member)))
             # Room that others use is not ours: the service would drop what is lowest, and that may be theirs.
@@ -129,27 +139,35 @@ class Chain:
         except KeyNotFoundError:
             return False
         try:
-            return body.receive(len(data)) == data
+            return body.take(len(data) + 1) == data
         finally:
             body.close()
 
-    def _make(self, world: int) -> None:
+    def _make(self, world: int, empty: Callable[[Namespace], bool]) -> None:
         members = self.members(fresh=True)
-        if len(members) >= _MOST_MEMBERS:
+        taken = {member.name for member in members}
+        name = next((name for name in map(self._name, range(_MOST_MEMBERS)) if name not in taken), None)
+        if name is None:
+            if any(empty(member) for member in members if self._fits(member, world)):
+                return
             hint = "Delete namespaces that are no longer needed, or take another namespace for the run."
             message = f"the run has {len(members)} namespaces already, none of which takes {world} ranks"
             raise TierRefusedError(message, hint=hint, tier=self._service.tier)
-        name = self._name(len(members))
         made = self._service.create(name, ranks=world + 1, kept=self._kept)
         found = self._service.describe(name)
         if found is None:
             raise TierUnavailableError(f"namespace {name} was made and is not there", tier=self._service.tier)
-        if made and (found.ranks <= world or found.kept < self._kept):
+        if made and not self._fits(found, world):
+            with suppress(TierError):  # else each save would leave one more
+                self._service.remove(name)
             message = (
                 f"namespace {name} was made for {world + 1} slots of {self._kept} steps; the service gave it "
                 f"{found.ranks} slots of {found.kept}"
             )
             raise TierRefusedError(message, hint="Let the tier keep fewer checkpoints.", tier=self._service.tier)
+
+    def _fits(self, member: Namespace, world: int) -> bool:
+        return member.ranks > world and member.kept >= self._kept
 
     def _name(self, index: int) -> str:
         return self._namespace if index == 0 else f"{self._namespace}__{index + 1}"

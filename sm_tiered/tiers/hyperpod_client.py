@@ -25,6 +25,7 @@ from sm_tiered.errors import (
     TierUnavailableError,
 )
 from sm_tiered.settings import HyperPodSettings
+from sm_tiered.tiers.hyperpod_looks import THREADS
 
 __all__ = ["Body", "HttpClient"]
 
@@ -35,7 +36,6 @@ _ENABLE = (
 
 _MAX_ANSWER_BYTES = 1024 * 1024
 _RECEIVE_BYTES = 1024 * 1024
-_CONNECTIONS = 8
 _SHORTEST_SECS = 0.01
 """A timeout of nothing would mean none."""
 
@@ -49,15 +49,20 @@ class _Progress:
 
     progress_secs: float = 30.0
 
+    def connect(self) -> None:
+        """Connect; see `http.client.HTTPConnection.connect`. With TLS it is not `request` that calls it."""
+        me = cast(HTTPConnection, self)
+        secs = me.timeout or self.progress_secs
+        try:
+            deadline.run(super().connect, secs)  # type: ignore[misc]
+        except TimeoutError as error:
+            raise ConnectTimeoutError(me, f"no connection within {secs:.1f} s") from error
+
     def request(self, *args: Any, **kwargs: Any) -> None:
         """Send a request; see `http.client.HTTPConnection.request`."""
         me = cast(HTTPConnection, self)
         if me.sock is None:
-            secs = me.timeout or self.progress_secs
-            try:
-                deadline.run(me.connect, secs)
-            except TimeoutError as error:
-                raise ConnectTimeoutError(me, f"no connection within {secs:.1f} s") from error
+            me.connect()
         me.timeout = max(_SHORTEST_SECS, deadline.remaining(self.progress_secs))
         super().request(*args, **kwargs)  # type: ignore[misc]
 
@@ -79,7 +84,6 @@ class Body:
         """In bytes, as it was announced; None: it was not."""
         self.meta = answer.headers.get("Shard-Meta", "")
         """The ``Shard-Meta`` header as it came; empty: there was none."""
-        self.received = 0
 
     def receive(self, limit: int) -> bytes:
         """Return up to *limit* bytes, or none at the end: whatever comes next, without waiting for more.
@@ -88,11 +92,22 @@ class Body:
             TierUnavailableError: the connection broke, or nothing came in time.
         """
         try:
-            data = self._answer.read1(min(limit, _RECEIVE_BYTES))
+            return self._answer.read1(min(limit, _RECEIVE_BYTES)) or b""
         except (HTTPError, OSError, ValueError) as error:
             raise self._fail(error) from error
-        self.received += len(data or b"")
-        return data or b""
+
+    def take(self, size: int) -> bytes:
+        """Return the next *size* bytes: fewer where it ends.
+
+        Raises:
+            TierUnavailableError: the connection broke, or the deadline passed before all had come.
+        """
+        data = bytearray()
+        while len(data) < size and (piece := self.receive(size - len(data))):
+            data += piece
+            if len(data) < size and deadline.remaining(1.0) <= 0:
+                raise self._fail(TimeoutError(f"only {len(data)} of {size} bytes had come when the deadline passed"))
+        return bytes(data)
 
     def close(self) -> None:
         """Let go of the connection, which can be used again only when all was received."""
@@ -108,8 +123,11 @@ class HttpClient:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.path not in ("", "/"):
             raise ConfigError("url must be http://host:port, without a path", hint="The service takes no credentials.")
         self._settings = settings
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._forget_parent()
+
+    def _forget_parent(self) -> None:
+        """Sockets are not shared with the process that this one was forked from, and it may have held the lock."""
+        self._pid, self._lock = os.getpid(), threading.Lock()
         self._pool: urllib3.HTTPConnectionPool | None = None
 
     @property
@@ -119,9 +137,11 @@ class HttpClient:
 
     def close(self) -> None:
         """Close all connections; the next call makes new ones."""
+        if self._pid != os.getpid():
+            self._forget_parent()
         with self._lock:
             pool, self._pool = self._pool, None
-        if pool is not None and self._pid == os.getpid():
+        if pool is not None:
             pool.close()
 
     def open(self, path: str) -> Body:
@@ -196,11 +216,11 @@ class HttpClient:
             raise _SourceError from error
 
     def _connections(self) -> urllib3.HTTPConnectionPool:
+        if self._pid != os.getpid():
+            self._forget_parent()
         with self._lock:
-            if self._pid != os.getpid():  # sockets are not shared with the process that this one was forked from
-                self._pid, self._pool = os.getpid(), None
             if self._pool is None:
-                pool = urllib3.connection_from_url(self._settings.url, maxsize=_CONNECTIONS, block=False, retries=False)
+                pool = urllib3.connection_from_url(self._settings.url, maxsize=THREADS, block=False, retries=False)
                 base = _Https if urlsplit(self._settings.url).scheme == "https" else _Http
                 secs = self._settings.request_timeout_secs
                 pool.ConnectionCls = cast(Any, type(base.__name__, (base,), {"progress_secs": secs}))
@@ -256,4 +276,5 @@ class HttpClient:
             return TierUnavailableError(f"{where}: it refuses connections", hint=_ENABLE, tier=self.tier)
         if isinstance(error, ConnectTimeoutError):
             return TierUnavailableError(f"{where}: no connection in time", hint=_ENABLE, tier=self.tier)
-        return TierUnavailableError(f"{what}: no whole answer ({type(error).__name__})", tier=self.tier)
+        told = str(error) if type(error) is TimeoutError else type(error).__name__
+        return TierUnavailableError(f"{what}: no whole answer ({told[:200]})", tier=self.tier)

@@ -1,19 +1,17 @@
-"""What stands on the HyperPod service, told as checkpoints: which shares there are, whose, and which are whole."""
+"""What stands on the HyperPod service, told as checkpoints and attempts: which shares there are, and whose."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Sequence
 
-from sm_tiered import layout
-from sm_tiered.errors import CorruptPartError, FormatError, KeyNotFoundError
+from sm_tiered.errors import FormatError
 from sm_tiered.layout import MAX_STEP
-from sm_tiered.manifest import attempt_record_from_json, compose_manifest, manifest_to_json, record_from_json
+from sm_tiered.manifest import attempt_record_from_json
 from sm_tiered.records import Attempt, CheckpointId
 from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers.hyperpod_chain import PROBE_ORDINAL, Chain, attempt_wire, wire_steps
+from sm_tiered.tiers.hyperpod_looks import each
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
-from sm_tiered.tiers.hyperpod_shares import Head
 from sm_tiered.tiers.hyperpod_slots import Found, Slots
 
 __all__ = ["Index"]
@@ -26,67 +24,88 @@ class Index:
     """Tells what stands there. Threads may share it."""
 
     def __init__(self, service: HyperPodService, settings: HyperPodSettings, namespace: str) -> None:
-        self._service, self._namespace = service, namespace
+        self._service = service
         self.slots = Slots(service, settings, namespace)
         self.chain = Chain(service, namespace, kept=settings.slots, holders=self.holders)
         self._wires: dict[str, tuple[int, ...]] = {}
         self._lowest: dict[tuple[str, int], int] = {}
-        self._manifests: dict[CheckpointId, tuple[list[str], bytes]] = {}
+        self._vacant: set[tuple[str, int]] = set()
+        self.waiting: dict[Attempt, bytes] = {}
+        """Records of attempts that wait for a namespace to be made, which takes a world size."""
 
     # ---- listings
 
     def refresh(self) -> None:
         """Ask which steps there are."""
         members = self.chain.members(fresh=True)
-        self._wires = {member.name: tuple(self._service.latest(member)) for member in members}
-        self.slots.keep_only({(name, wire) for name, wires in self._wires.items() for wire in wires})
+        listed = each(self._service.latest, members, secs=self._service.call_secs)
+        self._wires = {member.name: tuple(wires) for member, wires in zip(members, listed, strict=True)}
+        standing = {(name, wire) for name, wires in self._wires.items() for wire in wires}
+        self.slots.keep_only(standing)
+        self._lowest = {place: rank for place, rank in list(self._lowest.items()) if place in standing}
+        self._vacant = self._vacant & standing
 
-    def checkpoints(self) -> list[CheckpointId]:
-        """Return every checkpoint of which a share stands, whole or not, oldest first. `refresh` before."""
-        found = {self._whose(first) for first in self._firsts()}
+    def checkpoints(self, firsts: Sequence[Found]) -> list[CheckpointId]:
+        """Return every checkpoint of which a share stands, whole or not, oldest first; *firsts*: see there."""
+        found = set(map(self._whose, firsts))
         known = {(c.attempt.ordinal, c.step) for c in found if not _is_unknown(c.attempt)}
         return sorted(c for c in found if not _is_unknown(c.attempt) or (c.attempt.ordinal, c.step) not in known)
 
-    def attempts(self) -> dict[Attempt, bytes]:
-        """Return the records of attempts that are told of. `refresh` before."""
+    def attempts(self, firsts: Sequence[Found]) -> dict[Attempt, bytes]:
+        """Return the records of attempts that are told of, also by *firsts*: see there."""
         found: dict[Attempt, bytes] = {}
         for member in self.chain.members():
             for wire in self._wires.get(member.name, ()):
                 data = self.slots.attempt(_slot(member, member.ranks - 1, wire)) if wire % MAX_STEP == 0 else None
                 if data is not None:
                     found[_attempt_of(data, wire)] = data
-        for first in self._firsts():
+        for first in firsts:
             if first.head is not None and first.head.attempt is not None:
                 found.setdefault(first.head.checkpoint.attempt, first.head.attempt.encode())
         good = {attempt.ordinal for attempt in found if not _is_unknown(attempt)}
         return {a: data for a, data in found.items() if not _is_unknown(a) or a.ordinal not in good}
 
-    def holders(self, member: Namespace, wire: int) -> set[Attempt | None]:
-        """Return whose shares stand at *wire*; None stands for what is none of this run's."""
-        first = None if wire // MAX_STEP == PROBE_ORDINAL else self._first(member, wire)
-        if first is None:
-            return set()
-        return {self._whose(first).attempt if first.head is not None or first.problem is not None else None}
-
-    def _firsts(self) -> Iterator[Found]:
-        """Yield one share of each step, the lowest rank's that is whole; else a damaged one."""
+    def firsts(self) -> list[Found]:
+        """Return one share of each step, the lowest rank's that is whole; else a damaged one. `refresh` before."""
+        found: list[Found] = []
         for member in self.chain.members():
             for wire in self._wires.get(member.name, ()):
                 first = None if wire // MAX_STEP == PROBE_ORDINAL else self._first(member, wire)
                 if first is not None and (first.head is not None or first.problem is not None):
-                    yield first
+                    found.append(first)
+        return found
+
+    def holders(self, member: Namespace, wire: int) -> set[Attempt | None]:
+        """Return whose *wire* of *member* is; None stands for what is none of this run's.
+
+        Where attempts have no steps of their own, so is the one whose record stands there and tells of a choice: that
+        must not be written over.
+        """
+        first = None if wire // MAX_STEP == PROBE_ORDINAL else self._first(member, wire)
+        found = set[Attempt | None]()
+        if first is not None:
+            is_ours = first.head is not None or first.problem is not None
+            found.add(self._whose(first).attempt if is_ours else None)
+        slot = _slot(member, member.ranks - 1, wire)
+        if wire == 0 and self.is_choice(slot):
+            found.add(self.attempt_in(slot))
+        return found
 
     def _first(self, member: Namespace, wire: int) -> Found | None:
-        # The record of an attempt stands at step 0: there, looking at all ranks would be looking at nothing mostly.
-        ranks = range(1 if wire % MAX_STEP == 0 else max(1, member.ranks - 1))
-        lowest, damaged = self._lowest.get((member.name, wire)), None
-        for rank in ([] if lowest is None else [lowest], ranks):
-            for found in filter(None, (self.slots.look(_slot(member, r, wire)) for r in rank)):
-                if found.head is not None or found.problem is None:
-                    self._lowest[member.name, wire] = found.slot.rank
-                    return found
-                damaged = damaged or found
-        return damaged
+        place = (member.name, wire)
+        found = [self.slots.look(_slot(member, rank, wire)) for rank in dict.fromkeys((self._lowest.get(place, 0), 0))]
+        newest = max(self._wires.get(member.name, ()), default=wire)
+        # The record of an attempt stands at step 0, mostly alone. Only of the newest may there be shares to come.
+        if not any(map(_settles, found)) and not (place in self._vacant and wire < newest):
+            rest = [_slot(member, rank, wire) for rank in range(1, member.ranks - 1)]
+            found += each(self.slots.look, rest, secs=self.slots.look_secs, enough=_settles)
+        there = sorted((one for one in found if one is not None), key=lambda one: one.slot.rank)
+        first = next(filter(_settles, there), there[0] if there else None)
+        if first is None and wire % MAX_STEP == 0:
+            self._vacant = self._vacant | {place}
+        elif first is not None and _settles(first):
+            self._lowest[place] = first.slot.rank
+        return first
 
     def _whose(self, found: Found) -> CheckpointId:
         if found.head is not None:
@@ -94,7 +113,7 @@ class Index:
         ordinal, step = divmod(found.slot.wire, MAX_STEP)
         return CheckpointId(attempt=Attempt(ordinal=ordinal, utc_secs=_UNKNOWN[0], nonce=_UNKNOWN[1]), step=step)
 
-    # ---- checkpoints
+    # ---- single shares
 
     def find(self, checkpoint: CheckpointId, rank: int, *, fresh: bool = False) -> Found | None:
         """Return the share of *rank*, damaged or not, or None when there is none."""
@@ -108,6 +127,25 @@ class Index:
             damaged = found if found.head is None else damaged
         return damaged
 
+    def peek(self, checkpoint: CheckpointId, rank: int) -> Found | None:
+        """Return the share of *rank* where it is known, without asking."""
+        known = map(self.slots.peek, self._known_slots(checkpoint, rank))
+        return next((one for one in known if one and one.head and one.head.checkpoint == checkpoint), None)
+
+    def stands(self, checkpoint: CheckpointId) -> bool:
+        """Whether something stands at its step, as far as is known."""
+        return bool(self._known_slots(checkpoint, 0))
+
+    def most_ranks(self) -> int:
+        """Return how many ranks a checkpoint has at the most."""
+        return max((member.ranks - 1 for member in self.chain.members()), default=0)
+
+    def most_looks(self, *, one: bool) -> int:
+        """Return how many shares there may be, of *one* checkpoint or of all."""
+        if not self._wires:
+            self.refresh()
+        return self.most_ranks() * (1 if one else sum(map(len, self._wires.values())))
+
     def _slots(self, checkpoint: CheckpointId, rank: int) -> list[Slot]:
         found = self._known_slots(checkpoint, rank)
         if not found:
@@ -120,67 +158,8 @@ class Index:
             _slot(member, rank, wire)
             for member in self.chain.members()
             for wire in dict.fromkeys(wire_steps(checkpoint))
-            if rank < member.ranks and wire in self._wires.get(member.name, ())
+            if rank < member.ranks - 1 and wire in self._wires.get(member.name, ())
         ]
-
-    def shares(self, checkpoint: CheckpointId) -> list[Found]:
-        """Return the shares that stand, damaged ones too, by rank."""
-        if not self._slots(checkpoint, 0):
-            return []
-        found = dict[int, Found]()
-        most = max((member.ranks - 1 for member in self.chain.members()), default=0)
-        rank = 0
-        while rank < most:
-            one = self.find(checkpoint, rank)
-            if one is not None:
-                found[rank] = one
-                most = one.head.world if one.head is not None else most
-            rank += 1
-        return list(found.values())
-
-    def manifest(self, checkpoint: CheckpointId) -> bytes:
-        """Return the manifest that follows from the records of all ranks.
-
-        Raises:
-            KeyNotFoundError: not all of them stand there, or one tells of a failure: it is not committed.
-            CorruptPartError: a share is damaged, or they do not make one checkpoint.
-        """
-        zero = self.find(checkpoint, 0, fresh=True)
-        if zero is None:
-            self._manifests.pop(checkpoint, None)
-            raise self._no_manifest(checkpoint, 0)
-        found = [zero]
-        for rank in range(1, self.slots.sound(zero).world):
-            share = self.find(checkpoint, rank)
-            if share is None:
-                raise self._no_manifest(checkpoint, rank)
-            found.append(share)
-        heads = list(map(self.slots.sound, found))
-        seals, known = [head.seal for head in heads], self._manifests.get(checkpoint)
-        if known is not None and known[0] == seals:
-            return known[1]
-        data = self._composed(checkpoint, heads, {share.slot.rank: self.slots.record(share) for share in found})
-        self._manifests[checkpoint] = seals, data
-        return data
-
-    def _composed(self, checkpoint: CheckpointId, heads: list[Head], records: dict[int, bytes]) -> bytes:
-        try:
-            manifest = compose_manifest(records)
-        except FormatError as error:
-            with suppress(FormatError):
-                if any(record_from_json(data).failed for data in records.values()):
-                    raise self._no_manifest(checkpoint, None) from error
-            raise CorruptPartError(error.message, step=checkpoint.step, tier=self._service.tier) from error
-        parts = {name: place.size for head in heads for name, place in head.parts.items()}
-        if manifest.parts != parts or manifest.checkpoint != checkpoint or manifest.namespace != self._namespace:
-            message = f"the shares of {checkpoint} do not hold the parts that their records tell of"
-            raise CorruptPartError(message, step=checkpoint.step, tier=self._service.tier)
-        return manifest_to_json(manifest)
-
-    def _no_manifest(self, checkpoint: CheckpointId, rank: int | None) -> KeyNotFoundError:
-        how = "a rank failed" if rank is None else f"the share of rank {rank} is not there"
-        key = layout.in_dir(checkpoint, layout.MANIFEST)
-        return KeyNotFoundError(f"{checkpoint} is not committed: {how}", tier=self._service.tier, key=key)
 
     # ---- records of attempts
 
@@ -203,9 +182,23 @@ class Index:
         data = self.slots.attempt(slot)
         return None if data is None else _attempt_of(data, slot.wire)
 
+    def is_choice(self, slot: Slot) -> bool:
+        """Whether the record in *slot* tells that the user chose where its attempt begins; damage may have told it."""
+        self.slots.forget_attempt(slot)
+        data = self.slots.attempt(slot)
+        try:
+            return data is not None and attempt_record_from_json(data).chosen
+        except FormatError:
+            return True
+
 
 def _slot(member: Namespace, rank: int, wire: int) -> Slot:
     return Slot(namespace=member.name, rank=rank, wire=wire)
+
+
+def _settles(found: Found | None) -> bool:
+    """Whether it tells whose a step is: damage does not, and others may."""
+    return found is not None and (found.head is not None or found.problem is None)
 
 
 def _attempt_of(data: bytes, wire: int) -> Attempt:

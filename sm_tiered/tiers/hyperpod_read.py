@@ -1,7 +1,8 @@
 """Reading shares out of the HyperPod service, which knows no ranges: a cursor goes forward through each.
 
 Who reads in order receives a share once. Who goes back and forth begins anew each time; when a share was received
-twice that way, it goes to a temporary file without a name.
+twice that way, it goes to a temporary file without a name. So does one that was left in the middle because others were
+read meanwhile, as soon as it is read again.
 """
 
 from __future__ import annotations
@@ -20,20 +21,15 @@ from sm_tiered.tiers.hyperpod_client import Body
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Slot
 from sm_tiered.tiers.hyperpod_shares import FIRST_BYTES, Head
 
-__all__ = ["ShareReader", "take"]
+__all__ = ["ShareReader"]
 
 _OPEN = 4
+"""As many shares are being received at once."""
+
+_KNOWN = 256
+"""Of as many it is known how often they were received, and their files are kept."""
+
 _PIECE_BYTES = 1024 * 1024
-
-
-def take(body: Body, size: int) -> bytes:
-    """Return the next *size* bytes of *body*: fewer where it ends."""
-    data = bytearray()
-    while len(data) < size and (piece := body.receive(size - len(data))):
-        data += piece
-        if deadline.remaining(1.0) <= 0:
-            raise TierUnavailableError(f"only {len(data)} of {size} bytes had come when the deadline passed")
-    return bytes(data)
 
 
 class _Cursor:
@@ -45,13 +41,15 @@ class _Cursor:
         self._body: Body | None = None
         self._at = 0
         self._received = 0
+        self._interrupted = False
         self._file: IO[bytes] | None = None
         self._no_file = False
 
     def read(self, offset: int, view: memoryview) -> None:
         """Fill *view* from byte *offset* of the share on."""
         with self._lock:
-            if self._file is None and self._begins_anew(offset) and self._received > 2 * self.head.size:
+            again = self._interrupted or self._received > 2 * self.head.size
+            if self._file is None and self._begins_anew(offset) and again:
                 self._spool()
             if self._file is not None:
                 pread_full(self._file.fileno(), offset, view, tier=self._service.tier, key=str(self._slot))
@@ -64,6 +62,18 @@ class _Cursor:
                 except BaseException:
                     self._leave()
                     raise
+                if self._at == self.head.size:  # whoever reads on begins anew
+                    self._leave()
+
+    def rest(self) -> None:
+        """Let go of the connection: others are read. One that is being read is left alone."""
+        if self._body is None or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._interrupted = self._interrupted or self._body is not None
+            self._leave()
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """Let go of the connection and the file."""
@@ -97,7 +107,7 @@ class _Cursor:
         if body.size is not None and body.size != self.head.size:
             raise self._another(f"it is {body.size} bytes long, {self.head.size} were sent")
         length = self.head.record.offset
-        first = take(body, length)
+        first = body.take(length)
         if checksum.digest(first[FIRST_BYTES:]) != self.head.seal:
             raise self._another("its header is another one than a moment ago")
         self._at, self._received = length, self._received + length
@@ -192,17 +202,20 @@ class ShareReader:
             cursor.close()
 
     def _cursor(self, slot: Slot, head: Head) -> _Cursor:
-        surplus: list[_Cursor] = []
+        gone: list[_Cursor] = []
         if self._pid != os.getpid():
             self._forget_parent()
         with self._lock:
             found = self._cursors.pop(slot, None)
             if found is not None and found.head.seal != head.seal:
-                surplus.append(found)
+                gone.append(found)
                 found = None
             found = self._cursors[slot] = found or _Cursor(self._service, self._settings, slot, head)
-            while len(self._cursors) > _OPEN:
-                surplus.append(self._cursors.popitem(last=False)[1])
-        for cursor in surplus:
+            while len(self._cursors) > _KNOWN:
+                gone.append(self._cursors.popitem(last=False)[1])
+            resting = list(self._cursors.values())[:-_OPEN]
+        for cursor in gone:
             cursor.close()
+        for cursor in resting:
+            cursor.rest()
         return found

@@ -60,6 +60,8 @@ class HyperPodService:
 
     def __init__(self, settings: HyperPodSettings) -> None:
         self._http = HttpClient(settings)
+        self.call_secs = settings.retry_deadline_secs
+        """The longest that a call may take which moves little."""
 
     @property
     def tier(self) -> str:

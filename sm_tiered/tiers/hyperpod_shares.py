@@ -19,6 +19,7 @@ import xxhash
 from sm_tiered import checksum, layout
 from sm_tiered.checksum import CHUNK_BYTES
 from sm_tiered.errors import CorruptPartError, FormatError
+from sm_tiered.manifest import attempt_record_from_json
 from sm_tiered.records import CheckpointId, Part
 from sm_tiered.sealed_json import FORMAT, Json, digest_of, dump, integer, list_of, mapping, number, parsed, sealed, text
 from sm_tiered.tiers.base import Chunks
@@ -114,7 +115,6 @@ def _head(fields: Json, begin: int, seal: str) -> Head:
         if name in parts or integer(entry, "offset") != at - begin:
             raise FormatError(f"part {name!r} stands twice, or not behind the one before it")
         parts[name], at = place, at + place.size
-    attempt = fields["attempt"]
     return Head(
         namespace=layout.check_namespace(fields["namespace"]),
         checkpoint=checkpoint,
@@ -123,11 +123,22 @@ def _head(fields: Json, begin: int, seal: str) -> Head:
         sent_at=number(fields["sent_at"]),
         record=record,
         record_digest=digest_of(fields["record_digest"]),
-        attempt=None if attempt is None else text(attempt),
+        attempt=None if fields["attempt"] is None else _attempt(text(fields["attempt"]), checkpoint),
         parts=parts,
         size=at,
         seal=seal,
     )
+
+
+def _attempt(told: str, checkpoint: CheckpointId) -> str:
+    """Return *told* where it is the record of the attempt of *checkpoint*."""
+    try:
+        record = attempt_record_from_json(told.encode())
+    except UnicodeEncodeError:
+        raise FormatError("the record of its attempt is no text") from None
+    if record.attempt != checkpoint.attempt:
+        raise FormatError(f"the record of its attempt is that of {record.attempt}")
+    return told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

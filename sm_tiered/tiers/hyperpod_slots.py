@@ -14,7 +14,6 @@ from sm_tiered.sealed_json import MAX_BYTES
 from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers.hyperpod_chain import wire_steps
 from sm_tiered.tiers.hyperpod_client import Body
-from sm_tiered.tiers.hyperpod_read import take
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Slot
 from sm_tiered.tiers.hyperpod_shares import ATTEMPT_MAGIC, FIRST_BYTES, SHARE_MAGIC, Head, header_length, parse_head
 
@@ -46,6 +45,8 @@ class Slots:
         self._found: dict[Slot, Found] = {}
         self._records: dict[tuple[Slot, str], bytes] = {}
         self._attempts: dict[Slot, bytes] = {}
+        self.look_secs = 2 * self._fetch_secs()
+        """The longest that a look may take: what comes damaged is asked for once more."""
 
     def look(self, slot: Slot, *, fresh: bool = False) -> Found | None:
         """Return what stands in *slot*, or None; what was whole when it was looked at last is not asked for again."""
@@ -53,6 +54,10 @@ class Slots:
         if known is not None:
             return known
         return self._look(slot)[0]
+
+    def peek(self, slot: Slot) -> Found | None:
+        """Return what is known to stand in *slot*, without asking."""
+        return self._found.get(slot)
 
     def _look(self, slot: Slot) -> tuple[Found | None, bytes]:
         """Return what stands in *slot* now, and its record."""
@@ -80,8 +85,11 @@ class Slots:
         for slot in [slot for slot in list(self._attempts) if (slot.namespace, slot.wire) not in standing]:
             self.forget_attempt(slot)
 
+    def _fetch_secs(self) -> float:
+        return self._settings.retry_deadline_secs + deadline.allowance(_RECORDS_BYTES)
+
     def _fetch(self, slot: Slot) -> tuple[Found | None, bytes]:
-        with deadline.within(self._settings.retry_deadline_secs + deadline.allowance(_RECORDS_BYTES)):
+        with deadline.within(self._fetch_secs()):
             try:
                 body = self._service.open(slot)
             except KeyNotFoundError:
@@ -95,12 +103,12 @@ class Slots:
                 body.close()
 
     def _judge(self, slot: Slot, body: Body) -> tuple[Found, bytes]:
-        first = take(body, FIRST_BYTES)
+        first = body.take(FIRST_BYTES)
         if not first.startswith(SHARE_MAGIC):
-            if slot.wire < MAX_STEP:
-                return Found(slot=slot, head=None), b""  # another program's: it counts steps without attempts
+            if slot.wire < MAX_STEP or first.startswith(ATTEMPT_MAGIC):
+                return Found(slot=slot, head=None), b""  # another program counts steps without attempts
             raise FormatError(f"it begins with {first[:8]!r}")
-        head = parse_head(take(body, header_length(first)))
+        head = parse_head(body.take(header_length(first)))
         if head.namespace != self._namespace:
             return Found(slot=slot, head=None), b""
         if head.rank != slot.rank or slot.wire not in wire_steps(head.checkpoint):
@@ -109,17 +117,22 @@ class Slots:
             raise FormatError(f"it is {body.size} bytes long, {head.size} were sent")
         if head.record.size > MAX_BYTES:
             raise FormatError(f"a record of {head.record.size} bytes is none")
-        record = take(body, head.record.size)
+        record = body.take(head.record.size)
         if checksum.digest(record) != head.record_digest:
             raise FormatError(f"its record differs from its digest, or ends after {len(record)} bytes")
         return Found(slot=slot, head=head), record
 
     def _keep(self, key: tuple[Slot, str], record: bytes) -> None:
-        # A new dict each time: threads that read the old one are not disturbed.
-        kept = {**self._records, key: record}
-        while len(kept) > 1 and sum(map(len, kept.values())) > _RECORDS_BYTES:
-            del kept[next(iter(kept))]
-        self._records = kept
+        # Single steps that are atomic: threads need no lock, which a fork could leave locked.
+        self._records.pop(key, None)
+        self._records[key] = record
+        kept = list(self._records.items())
+        surplus = sum(len(data) for _, data in kept) - _RECORDS_BYTES
+        for old, data in kept[:-1]:
+            if surplus <= 0:
+                break
+            self._records.pop(old, None)
+            surplus -= len(data)
 
     def record(self, found: Found) -> bytes:
         """Return the record of a share.
@@ -157,9 +170,9 @@ class Slots:
         except KeyNotFoundError:
             return None
         try:
-            if take(body, len(ATTEMPT_MAGIC)) != ATTEMPT_MAGIC:
+            if body.take(len(ATTEMPT_MAGIC)) != ATTEMPT_MAGIC:
                 return None
-            found = take(body, _ATTEMPT_BYTES)
+            found = body.take(_ATTEMPT_BYTES)
         finally:
             body.close()
         with suppress(FormatError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from sm_tiered import checksum, layout
 from sm_tiered.errors import CorruptPartError, KeyNotFoundError
@@ -13,28 +13,32 @@ from sm_tiered.tiers.hyperpod_index import Index
 from sm_tiered.tiers.hyperpod_read import ShareReader
 from sm_tiered.tiers.hyperpod_shares import Place
 from sm_tiered.tiers.hyperpod_slots import Found
+from sm_tiered.tiers.hyperpod_whole import Whole
 
 __all__ = ["View"]
 
 
 class View:
-    """Reads by key. *waiting*: records of attempts that nothing has been written of yet."""
+    """Reads by key."""
 
-    def __init__(self, index: Index, reader: ShareReader, *, tier: str, waiting: Mapping[Attempt, bytes]) -> None:
-        self._index, self._reader, self._name, self._waiting = index, reader, tier, waiting
+    def __init__(self, index: Index, whole: Whole, reader: ShareReader, *, tier: str) -> None:
+        self._index, self._whole, self._reader, self._name = index, whole, reader, tier
 
     def list(self, prefix: str) -> builtins.list[Entry]:
         """Return the keys that begin with *prefix*; times are those of who sent the share, by its clock."""
         found = builtins.list[Entry]()
         attempts, steps = _may_begin(prefix, f"{layout.ATTEMPTS}/"), _may_begin(prefix, "step_")
-        if attempts or steps:  # else it is of what such a tier has none of, pins and files of events
-            self._index.refresh()
+        if not attempts and not steps:  # it is of what such a tier has none of, pins and files of events
+            return []
+        self._index.refresh()
+        one = layout.parse_checkpoint_dir(prefix.partition("/")[0]) if "/" in prefix else None
+        firsts = self._index.firsts() if one is None else []
         if attempts:
             found += [
                 Entry(key=layout.attempt_key(attempt), size=len(data), modified_at=float(attempt.utc_secs))
-                for attempt, data in {**self._waiting, **self._index.attempts()}.items()
+                for attempt, data in {**self._index.waiting, **self._index.attempts(firsts)}.items()
             ]
-        for checkpoint in self._index.checkpoints() if steps else ():
+        for checkpoint in [one] if one is not None else self._index.checkpoints(firsts) if steps else ():
             if _may_begin(prefix, f"{layout.checkpoint_dir(checkpoint)}/"):
                 found += self._entries(checkpoint)
         return sorted((entry for entry in found if entry.key.startswith(prefix)), key=lambda entry: entry.key)
@@ -45,13 +49,14 @@ class View:
             rest = (entry.key[len(prefix) :] for entry in self.list(prefix))
             return sorted({name.partition("/")[0] for name in rest if "/" in name})
         self._index.refresh()
-        found = builtins.list(map(layout.checkpoint_dir, self._index.checkpoints()))
-        return sorted([*found, layout.ATTEMPTS] if self._waiting or self._index.attempts() else found)
+        firsts = self._index.firsts()
+        found = builtins.list(map(layout.checkpoint_dir, self._index.checkpoints(firsts)))
+        return sorted([*found, layout.ATTEMPTS] if self._index.waiting or self._index.attempts(firsts) else found)
 
     def _entries(self, checkpoint: CheckpointId) -> Sequence[Entry]:
         found = builtins.list[Entry]()
-        newest = 0.0
-        for share in self._index.shares(checkpoint):
+        newest, shares = 0.0, self._whole.shares(checkpoint)
+        for share in shares:
             head = share.head
             places = dict(head.parts) if head is not None else {}
             places[layout.record_name(share.slot.rank)] = head.record if head is not None else Place(offset=0, size=0)
@@ -62,7 +67,7 @@ class View:
                 for name, place in places.items()
             ]
         try:
-            size = len(self._index.manifest(checkpoint))
+            size = len(self._whole.manifest(checkpoint, shares))
         except KeyNotFoundError:
             return found
         except CorruptPartError:
@@ -93,7 +98,7 @@ class View:
             return self._attempt(attempt, key)
         checkpoint, name = self.split(key)
         if name == layout.MANIFEST:
-            return self._index.manifest(checkpoint)
+            return self._whole.manifest(checkpoint)
         rank = layout.parse_record_name(name)
         if rank is None:
             return None
@@ -103,10 +108,10 @@ class View:
         return self._index.slots.record(found)
 
     def _attempt(self, attempt: Attempt, key: str) -> bytes:
-        data = self._index.attempt(attempt) or self._waiting.get(attempt)
+        data = self._index.attempt(attempt) or self._index.waiting.get(attempt)
         if data is None:
             self._index.refresh()
-            data = self._index.attempts().get(attempt)
+            data = self._index.attempts(self._index.firsts()).get(attempt)
         if data is None:
             raise self._absent(key)
         return data
@@ -141,15 +146,22 @@ class View:
     def _place(self, key: str) -> tuple[Found, Place]:
         """Return the share that holds the part under *key*, and where in it."""
         checkpoint, name = self.split(key)
-        rank, damaged = layout.rank_of_key(key), None
-        likely = [self._index.find(checkpoint, rank)] if rank is not None else []
-        for share in filter(None, [*likely] if any(likely) else self._index.shares(checkpoint)):
+        told, damaged = layout.rank_of_key(key), None
+        likely = self._index.find(checkpoint, _likely_rank(name) if told is None else told)
+        for share in self._candidates(checkpoint, likely, only=told is not None):
             if share.head is not None and name in share.head.parts:
                 return share, share.head.parts[name]
             damaged = share if share.head is None else damaged
         if damaged is not None:
             self._index.slots.sound(damaged)
         raise self._absent(key)
+
+    def _candidates(self, checkpoint: CheckpointId, likely: Found | None, *, only: bool) -> Iterator[Found]:
+        """Yield the share that most likely holds a part, and unless it is the *only* one, all."""
+        if likely is not None:
+            yield likely
+        if likely is None or not only:
+            yield from self._whole.shares(checkpoint)
 
     def split(self, key: str) -> tuple[CheckpointId, str]:
         """Return the checkpoint and the name in its directory that *key* stands for.
@@ -165,6 +177,12 @@ class View:
 
     def _absent(self, key: str) -> KeyNotFoundError:
         return KeyNotFoundError(f"{key[:200]} is not there", tier=self._name, key=key[:200])
+
+
+def _likely_rank(name: str) -> int:
+    """Return the rank that most likely wrote the part *name*, which another program named."""
+    own = layout.parse_own_name(name)
+    return own[0] if own is not None else 0
 
 
 def _may_begin(prefix: str, head: str) -> bool:

@@ -60,7 +60,12 @@ class S3Tier:
         """Return every object whose key begins with *prefix*, in key order."""
         cut = len(self._root)
         found = [
-            Entry(key=item["Key"][cut:], size=item["Size"], modified_at=item["LastModified"].timestamp())
+            Entry(
+                key=item["Key"][cut:],
+                size=item["Size"],
+                modified_at=item["LastModified"].timestamp(),
+                version=item.get("ETag", ""),
+            )
             for page in self._pages("list_objects_v2", prefix)
             for item in page.get("Contents", ())
             if not item["Key"].endswith("/")  # what the S3 console makes to stand for a directory

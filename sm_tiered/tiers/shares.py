@@ -6,13 +6,14 @@ at all, and a checkpoint is committed once the shares of all its ranks stand the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from sm_tiered.records import CheckpointId, Part
+from sm_tiered.records import CheckpointId, Part, Record
 from sm_tiered.tiers.base import Chunks, Tier
 
-__all__ = ["Share", "ShareTier"]
+__all__ = ["Share", "ShareTier", "share_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,13 @@ class Share:
     record: bytes
     """The record as it stands on every tier: `sm_tiered.manifest.record_to_json`."""
     parts: tuple[tuple[Part, Chunks], ...] = ()
-    """What the record tells of, replicas left out, and where their bytes come from: each is asked for them twice."""
+    """What the record tells of, replicas left out, and where their bytes come from: each is asked for them twice, and
+    the tier compares them with their digests."""
+
+
+def share_of(record: Record, data: bytes, parts: Iterable[tuple[Part, Chunks]]) -> Share:
+    """Return the share that *record*, which is *data* as it is stored, tells of."""
+    return Share(checkpoint=record.checkpoint, rank=record.rank, world=record.world, record=data, parts=tuple(parts))
 
 
 @runtime_checkable
@@ -46,6 +53,17 @@ class ShareTier(Tier, Protocol):
         Raises:
             CorruptPartError: a part gave other bytes than its digests say, or another number of them.
             TierFullError: the tier would have to drop something to take it.
+        """
+        ...
+
+    def confirm(self, checkpoint: CheckpointId) -> bool:
+        """Ask anew for the shares of all ranks; return whether all stand there whole, so that it is committed.
+
+        What was learnt before is believed of none: the tier may have lost a share since. One whose record tells of a
+        failure is not whole.
+
+        Raises:
+            CorruptPartError: a share is damaged, or they do not make one checkpoint.
         """
         ...
 

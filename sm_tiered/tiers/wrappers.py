@@ -18,7 +18,7 @@ from sm_tiered.errors import CorruptPartError, KeyExistsError, KeyNotFoundError,
 from sm_tiered.manifest import MAX_BYTES
 from sm_tiered.tiers.base import Blob, Chunks, Entry, Tier
 
-__all__ = ["MeteredTier", "OperationCount", "Retry", "RetryingTier"]
+__all__ = ["MeteredTier", "OperationCount", "Retry", "RetryingTier", "retrying"]
 
 _T = TypeVar("_T")
 _FIRST_WAIT_SECS = 0.2
@@ -47,6 +47,14 @@ def _full_jitter(state: tenacity.RetryCallState) -> float:
     """Seconds to wait: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter."""
     exponent = min(state.attempt_number - 1, 30)
     return _random.uniform(0.0, min(_LONGEST_WAIT_SECS, _FIRST_WAIT_SECS * 2**exponent))
+
+
+def retrying(
+    limit: float, worth: Callable[[BaseException], bool], told: Callable[[tenacity.RetryCallState], None] | None = None
+) -> tenacity.Retrying:
+    """Return what repeats a call whose failure is *worth* it, with full jitter, for *limit* seconds."""
+    retry, stop = tenacity.retry_if_exception(worth), tenacity.stop_before_delay(limit)
+    return tenacity.Retrying(retry=retry, wait=_full_jitter, stop=stop, before_sleep=told, reraise=True)
 
 
 class RetryingTier:
@@ -144,13 +152,6 @@ class RetryingTier:
     def _run(self, operation: str, key: str, call: Callable[[], _T], *, size: int = 0) -> _T:
         began = time.monotonic()
         limit = deadline.remaining(self._deadline_secs + deadline.allowance(size))
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(TierUnavailableError),
-            wait=_full_jitter,
-            stop=tenacity.stop_after_attempt(self._attempts) | tenacity.stop_before_delay(limit),
-            before_sleep=lambda state: self._tell(operation, key, state),
-            reraise=True,
-        )
         tries = 0
 
         def once() -> _T:
@@ -158,9 +159,12 @@ class RetryingTier:
             tries += 1
             return call()
 
+        def worth(error: BaseException) -> bool:
+            return isinstance(error, TierUnavailableError) and tries < self._attempts
+
         try:
             with deadline.within(limit):
-                return retrying(once)
+                return retrying(limit, worth, lambda state: self._tell(operation, key, state))(once)
         except TierUnavailableError as error:
             if tries < 2:
                 raise

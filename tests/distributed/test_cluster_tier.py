@@ -188,6 +188,17 @@ def test_a_start_that_can_t_tell_whether_anything_was_saved_is_no_fresh_start(
         assert run(1, _load, str(tmp_path), empty.url)[0] == (None, "nothing", True)
 
 
+def test_a_service_that_falls_silent_while_it_is_read_is_gone_on_without_by_all_ranks(
+    tmp_path: Path, daemon: StandInDaemon
+) -> None:
+    """It lists step 4 and breaks off in the middle of one rank's share: step 3 is taken, from the directory."""
+    run(2, _train, str(tmp_path), daemon.url, 1, 4)
+    _lose(tmp_path, 0, 1)
+    daemon.restart(DaemonFault(kind="reset", method="GET", path=r"/1/\d+$", at=SIZE))
+    assert run(2, _load, str(tmp_path), daemon.url) == [(3, "disk", True)] * 2
+    assert daemon.fired
+
+
 def test_a_recipe_may_insist_on_the_service(tmp_path: Path, daemon: StandInDaemon) -> None:
     url = daemon.url
     run(1, _train, str(tmp_path), url, 1, 3)

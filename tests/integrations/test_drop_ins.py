@@ -77,6 +77,33 @@ def test_a_recipe_is_given_as_a_path_or_as_what_it_holds(form: str, tmp_path: Pa
     assert load(which) == (3.0, 3)
 
 
+@pytest.mark.parametrize("after", [11, 20])
+def test_a_process_that_loads_an_older_step_goes_on_from_there(after: int, tmp_path: Path, memory_dir: Path) -> None:
+    """Also at a step that was saved before: what is saved now is another state."""
+    which = recipe(tmp_path, memory_dir)
+    keeper = TieredStorageWriter(which, step=0)
+    for step in (10, 20):
+        save(which, float(step), step=step)
+    assert load(which, step=10) == (10.0, 10)
+    save(which, 99.0, step=after)
+    assert load(which) == (99.0, after)
+    keeper.close()
+    assert load(which) == (99.0, after)
+
+
+def test_a_look_at_an_older_step_changes_nothing_for_a_training_that_goes_on(tmp_path: Path, memory_dir: Path) -> None:
+    which = recipe(tmp_path, memory_dir)
+    keeper = TieredStorageWriter(which, step=0)
+    attempts = set[str]()
+    for step in (10, 20, 30):
+        save(which, float(step), step=step)
+        assert load(which, step=10) == (10.0, 10)
+        attempts |= {path.name.partition("-")[2] for path in memory_dir.glob("run-1/step_*")}
+    keeper.close()
+    assert len(attempts) == 1
+    assert load(which) == (30.0, 30)
+
+
 def test_the_newest_is_loaded_unless_a_step_is_named(tmp_path: Path, memory_dir: Path) -> None:
     which = recipe(tmp_path, memory_dir, memory={"keep": {"latest": 3}})
     with TieredCheckpointer.from_recipe(which):  # one engine for all

@@ -85,8 +85,8 @@ MUTANTS = (
     Mutant(
         name="digests of what is promoted are not looked at",
         path="sm_tiered/sending.py",
-        old="yield lambda: checksum.verified(read(), part.chunks, key)",
-        new="yield read",
+        old="return checksum.verified(read(), part.chunks, layout.in_dir(entry.checkpoint, part.name))",
+        new="return read()",
         tests=(f"{PROMISES}::test_what_was_damaged_in_memory_is_not_promoted",),
     ),
     Mutant(
@@ -130,7 +130,7 @@ MUTANTS = (
     Mutant(
         name="nobody takes over from the coordinator",
         path="sm_tiered/drain.py",
-        old="return now - promotion.complete_since > _TAKEOVER_SECS",
+        old="return now - promotion.complete_since > TAKEOVER_SECS",
         new="return False",
         tests=(f"{NODES}::test_another_node_commits_when_the_coordinator_s_is_lost_after_its_upload",),
     ),
@@ -395,6 +395,43 @@ MUTANTS = (
         old="| os.O_NOFOLLOW | os.O_NONBLOCK",
         new="| os.O_NONBLOCK",
         tests=("tests/unit/test_logs.py",),
+    ),
+    Mutant(
+        name="a share that is gone still makes a commit",
+        path="sm_tiered/commit.py",
+        old="stands = not (lead and isinstance(tier, ShareTier)) or tier.confirm(checkpoint)",
+        new="stands = True",
+        tests=("tests/unit/test_drain_of_shares.py::test_a_share_that_goes_before_the_commit_makes_it_wait",),
+    ),
+    Mutant(
+        name="what lost a share counts among what is kept",
+        path="sm_tiered/retention.py",
+        old="gone = isinstance(tier, ShareTier) and not tier.confirm(checkpoint)",
+        new="gone = False",
+        tests=("tests/unit/test_drain_of_shares.py::test_what_lost_a_share_does_not_count_among_what_is_kept",),
+    ),
+    Mutant(
+        name="a service that is away keeps a save in flight",
+        path="sm_tiered/drain.py",
+        old="if overdue or not first.patient:",
+        new="if overdue:",
+        tests=("tests/unit/test_drain_of_shares.py",),
+    ),
+    Mutant(
+        name="a silent service and nothing else is a fresh start",
+        path="sm_tiered/restore.py",
+        old="    if skipped and not state.placed:\n        raise unknown(*next(iter(skipped.items())))\n",
+        new="",
+        tests=(
+            "tests/distributed/test_cluster_tier.py::test_a_start_that_can_t_tell_whether_anything_was_saved_is_no_fresh_start",
+        ),
+    ),
+    Mutant(
+        name="every parent stays in the cluster's memory",
+        path="sm_tiered/retention.py",
+        old="attempts = {attempt: record for attempt, record in attempts.items() if attempt == asking}",
+        new="pass",
+        tests=("tests/unit/test_drain_of_shares.py::test_only_what_the_newest_attempt_went_on_from_stays",),
     ),
 )
 """All of them."""

@@ -13,6 +13,7 @@ from sm_tiered.commit import Compose
 from sm_tiered.drain import Drain, Target
 from sm_tiered.errors import KeyNotFoundError
 from sm_tiered.event_log import Events
+from sm_tiered.inventory import read_records
 from sm_tiered.manifest import record_to_json
 from sm_tiered.policies.keep import Latest
 from sm_tiered.queue import Entry, Queue
@@ -23,6 +24,7 @@ from sm_tiered.testing.daemon_faults import DaemonFault
 from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.memory import MemoryTier
 from tests.unit.cli_checkpoints import NAMESPACE, checkpoint, cluster_tier, write_attempt, write_checkpoint
+from tests.waiting import wait_until
 
 
 class Node:
@@ -44,17 +46,17 @@ class Node:
         self.pruned += gone
         return gone
 
-    def save(self, step: int, *, ordinal: int = 1, patient: bool = False) -> CheckpointId:
-        """Write a checkpoint of two ranks to memory, and hand both ranks' to the drainer."""
+    def save(self, step: int, *, ordinal: int = 1, patient: bool = False, world: int = 2) -> CheckpointId:
+        """Write a checkpoint to memory, and hand all ranks' to the drainer."""
         which = checkpoint(step, ordinal)
-        write_checkpoint(self.memory, which, durable=False)
-        for rank in (0, 1):
+        write_checkpoint(self.memory, which, durable=False, world=world)
+        for rank in range(world):
             self.queue.put(
                 Entry(
                     checkpoint=which,
                     rank=rank,
                     tier="cluster",
-                    world=2,
+                    world=world,
                     recipe="0" * 32,
                     finisher="",
                     deadline_at=time.time() + 60.0,
@@ -62,6 +64,11 @@ class Node:
                 )
             )
         return which
+
+    def has_sent(self) -> bool:
+        """Take a turn; return whether nothing is left to send."""
+        self.drain.turn()
+        return all(entry.sent for entry in self.queue.entries())
 
     def is_committed(self, which: CheckpointId) -> bool:
         """Whether the cluster shows its manifest."""
@@ -84,12 +91,16 @@ def daemon() -> Iterator[StandInDaemon]:
 
 @pytest.fixture
 def node(memory_dir: Path, daemon: StandInDaemon) -> Iterator[Node]:
-    settings = MemorySettings(
-        name="memory", save=None, keep=Latest(n=1), path=str(memory_dir), budget_bytes=None, allow_disk=True
-    )
     cluster = cluster_tier(daemon.url, keep=1)
-    yield Node(MemoryTier(settings, NAMESPACE), cluster, keep=1)
+    yield Node(_memory(memory_dir), cluster, keep=1)
     cluster.close()
+
+
+def _memory(path: Path) -> MemoryTier:
+    settings = MemorySettings(
+        name="memory", save=None, keep=Latest(n=1), path=str(path), budget_bytes=None, allow_disk=True
+    )
+    return MemoryTier(settings, NAMESPACE)
 
 
 def test_what_is_sent_is_committed_without_anything_more(node: Node) -> None:
@@ -107,6 +118,50 @@ def test_what_nobody_wants_any_more_goes_after_each_commit(node: Node, daemon: S
         node.drain.turn()
     assert node.pruned == [checkpoint(1), checkpoint(2)]
     assert not daemon.dropped
+
+
+def test_what_lost_a_share_does_not_count_among_what_is_kept(memory_dir: Path, daemon: StandInDaemon) -> None:
+    """Two are kept. The second one loses a share after it was seen whole: the first one stays then."""
+    cluster = cluster_tier(daemon.url, keep=2)
+    node = Node(_memory(memory_dir), cluster, keep=2)
+    for step in (1, 2):
+        node.save(step)
+        node.drain.turn()
+    lost = layout.MAX_STEP + 2
+    del daemon.namespaces[NAMESPACE].blobs[1][lost]
+    third = node.save(3)
+    node.drain.turn()
+    assert node.is_committed(third)
+    assert node.pruned == []
+    assert node.is_committed(checkpoint(1))
+    cluster.close()
+
+
+def test_a_share_that_goes_before_the_commit_makes_it_wait(node: Node, daemon: StandInDaemon) -> None:
+    """Rank 1's was seen, as by any look for the others' records, and is lost before rank 0's comes."""
+    which = node.save(1, world=3)
+    first, *others = node.queue.entries()
+    node.queue.remove(first)
+    node.drain.turn()
+    assert set(read_records(node.cluster, which)) == {1, 2}
+    del daemon.namespaces[NAMESPACE].blobs[1][layout.MAX_STEP + 1]
+    for entry in others:
+        node.queue.remove(entry)
+    node.queue.put(first)
+    wait_until(node.has_sent, "rank 0's is not sent")
+    assert node.queue.result(which, "cluster") is None
+    assert node.queue.entries()
+
+
+def test_only_what_the_newest_attempt_went_on_from_stays(node: Node) -> None:
+    """There is room for a fixed number: what an older attempt went on from does not stay for ever."""
+    for ordinal, step in ((1, 1), (2, 2), (3, 3), (4, 4)):
+        parent = checkpoint(step - 1, ordinal - 1) if ordinal > 1 else None
+        write_attempt(node.cluster, ordinal, parent)
+        node.save(step, ordinal=ordinal)
+        node.drain.turn()
+    assert node.pruned == [checkpoint(1, 1), checkpoint(2, 2)]
+    assert node.is_committed(checkpoint(3, 3))
 
 
 def test_a_full_service_is_pruned_before_it_drops_what_is_lowest(node: Node, daemon: StandInDaemon) -> None:
