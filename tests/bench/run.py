@@ -12,35 +12,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import machine
 import room
+from cluster_rows import cluster
 from rich.console import Console
 from rivals import KINDS
-from table import Goal, Row, show
+from rows import FEW, MANY, Scale, goal, in_memory, joined, ms, timed
+from table import Row, show
 from timing import MIB
 
 _console = Console(stderr=True, highlight=False)
-_FEW, _MANY = 400, 4800
 _LIGHTNING = {"torch": "TorchCheckpointIO on a disk", "async": "AsyncCheckpointIO on a disk", "ours": "ours"}
 _ACCELERATE = {"disk": "stock on a disk", "tmpfs": "stock on tmpfs", "ours": "ours"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
-    """How much is done."""
-
-    size: int
-    """Bytes of the state."""
-    runs: int
-    rival_runs: int
-
-    @property
-    def state(self) -> str:
-        return f"{self.size / 1024**3:.2g} GiB"
 
 
 # ---- sections
@@ -50,19 +37,19 @@ def save(scale: Scale) -> list[Row]:
     """What the training waits for."""
     rows: list[Row] = []
     for tensors, world, must, stretch in (
-        (_FEW, 1, (1.25, 0), (1.05, 0)),
-        (_FEW, 2, (1.4, 0), (1.15, 0)),
-        (_MANY, 2, (1.5, 40), (1.2, 15)),
-        (_MANY, 1, None, None),
+        (FEW, 1, (1.25, 0), (1.05, 0)),
+        (FEW, 2, (1.4, 0), (1.15, 0)),
+        (MANY, 2, (1.5, 40), (1.2, 15)),
+        (MANY, 1, None, None),
     ):
-        found = _in_memory("save_bench.steady", world=world, tensors=tensors, size=scale.size, runs=scale.runs)
+        found = in_memory("save_bench.steady", world=world, tensors=tensors, size=scale.size, runs=scale.runs)
         what = f"{tensors:,} tensors, world {world}"
-        rows.append(_timed(f"blocked by save: {what}", found, "blocked", must, stretch))
-        goals = ((2.2, 0), (1.6, 0)) if (tensors, world) == (_FEW, 1) else (None, None)
-        rows.append(_timed(f"acknowledged in memory: {what}", found, "acknowledged", *goals))
+        rows.append(timed(f"blocked by save: {what}", found, "blocked", must, stretch))
+        goals = ((2.2, 0), (1.6, 0)) if (tensors, world) == (FEW, 1) else (None, None)
+        rows.append(timed(f"acknowledged in memory: {what}", found, "acknowledged", *goals))
         if world == 1:
             share = found["stored_bytes"] / found["state_bytes"]
-            asked = (_goal(1.02, "≤ 1.02"), _goal(1.01, "≤ 1.01")) if tensors == _FEW else (None, None)
+            asked = (goal(1.02, "≤ 1.02"), goal(1.01, "≤ 1.01")) if tensors == FEW else (None, None)
             rows.append(
                 Row(
                     figure=f"bytes stored / bytes in the state: {what}",
@@ -77,8 +64,8 @@ def save(scale: Scale) -> list[Row]:
 
 def first(scale: Scale) -> list[Row]:
     """The first save of a process."""
-    runs = [_in_memory("save_bench.first", tensors=_FEW, size=scale.size) for _ in range(scale.runs)]
-    return [_timed("blocked by the first save after prefault", _joined(runs), "blocked", (2, 0), (1.3, 0))]
+    runs = [in_memory("save_bench.first", tensors=FEW, size=scale.size) for _ in range(scale.runs)]
+    return [timed("blocked by the first save after prefault", joined(runs), "blocked", (2, 0), (1.3, 0))]
 
 
 def state_dict(scale: Scale) -> list[Row]:
@@ -89,7 +76,7 @@ def state_dict(scale: Scale) -> list[Row]:
         ("get_state_dict", "torch's get_state_dict()"),
     )
     return [
-        Row(figure=figure, value=_ms(statistics.median(found[name])), measured=0, samples={name: found[name]})
+        Row(figure=figure, value=ms(statistics.median(found[name])), measured=0, samples={name: found[name]})
         for name, figure in names
     ]
 
@@ -97,18 +84,18 @@ def state_dict(scale: Scale) -> list[Row]:
 def memory(scale: Scale) -> list[Row]:
     """What the trainer pays in RAM of its own."""
     rows: list[Row] = []
-    for tensors, remote in ((_FEW, False), (_FEW, True), (_MANY, False)):
+    for tensors, remote in ((FEW, False), (FEW, True), (MANY, False)):
         with room.sink() as address:
             s3 = address if remote else None
-            found = _in_memory("save_bench.memory", tensors=tensors, size=scale.size, runs=3, s3=s3)
+            found = in_memory("save_bench.memory", tensors=tensors, size=scale.size, runs=3, s3=s3)
         peak = found["peak_bytes"] / MIB
         rows.append(
             Row(
                 figure=f"private memory added to the trainer, peak: {tensors:,} tensors{', with an S3 tier' * remote}",
                 value=f"{peak:.0f} MiB",
                 measured=peak,
-                must=_goal(64, "≤ 64 MiB"),
-                stretch=_goal(16, "≤ 16 MiB"),
+                must=goal(64, "≤ 64 MiB"),
+                stretch=goal(16, "≤ 16 MiB"),
                 samples=found,
             )
         )
@@ -120,24 +107,24 @@ def restore(scale: Scale) -> list[Row]:
     rows: list[Row] = []
     default = len(os.sched_getaffinity(0))
     for tensors, threads, runs in (
-        (_FEW, 1, scale.runs),
-        (_FEW, default, scale.rival_runs),
-        (_MANY, 1, scale.rival_runs),
+        (FEW, 1, scale.runs),
+        (FEW, default, scale.rival_runs),
+        (MANY, 1, scale.rival_runs),
     ):
         with room.directory() as path:
             room.call("restore_bench.leave", path=path, tensors=tensors, size=scale.size)
             settings = {"path": path, "tensors": tensors, "size": scale.size, "threads": threads}
-            found = _joined([room.call("restore_bench.restore", **settings) for _ in range(runs)])
-        goals = ((3.5, 0), (2, 0)) if (tensors, threads) == (_FEW, 1) else (None, None)
+            found = joined([room.call("restore_bench.restore", **settings) for _ in range(runs)])
+        goals = ((3.5, 0), (2, 0)) if (tensors, threads) == (FEW, 1) else (None, None)
         what = f"{tensors:,} tensors, intra-op threads {threads}"
-        rows.append(_timed(f"restore from memory, new process: {what}", found, "restored", *goals))
+        rows.append(timed(f"restore from memory, new process: {what}", found, "restored", *goals))
     return rows
 
 
 def drain(scale: Scale) -> list[Row]:
     """How fast a checkpoint becomes durable."""
     with room.sink() as address:
-        found = _in_memory("drain_bench.drain", s3=address, tensors=_FEW, size=scale.size, runs=scale.runs)
+        found = in_memory("drain_bench.drain", s3=address, tensors=FEW, size=scale.size, runs=scale.runs)
     ours, alone = statistics.median(found["drained"]), statistics.median(found["alone"])
     rate, peak = found["bytes"] / ours / 1e9, found["peak_bytes"] / MIB
     return [
@@ -145,8 +132,8 @@ def drain(scale: Scale) -> list[Row]:
             figure=f"drain to S3, against the client alone ({found['bytes'] / alone / 1e9:.2f} GB/s)",
             value=f"{rate:.2f} GB/s: {alone / ours:.2f}",
             measured=alone / ours,
-            must=_goal(0.9, "≥ 0.9"),
-            stretch=_goal(1.0, "≥ 1.0"),
+            must=goal(0.9, "≥ 0.9"),
+            stretch=goal(1.0, "≥ 1.0"),
             at_least=True,
             samples=found,
         ),
@@ -154,8 +141,8 @@ def drain(scale: Scale) -> list[Row]:
             figure="drainer's private memory, peak",
             value=f"{peak:.0f} MiB",
             measured=peak,
-            must=_goal(450, "≤ 450 MiB"),
-            stretch=_goal(300, "≤ 300 MiB"),
+            must=goal(450, "≤ 450 MiB"),
+            stretch=goal(300, "≤ 300 MiB"),
         ),
     ]
 
@@ -163,7 +150,7 @@ def drain(scale: Scale) -> list[Row]:
 def verify(scale: Scale) -> list[Row]:
     """How fast what is stored can be looked at again."""
     with room.directory() as path:
-        room.call("verify_bench.leave", path=path, tensors=_FEW, size=scale.size)
+        room.call("verify_bench.leave", path=path, tensors=FEW, size=scale.size)
         found = room.call("verify_bench.verify", path=path, size=scale.size, runs=scale.runs)
     hashed = found["size"] / statistics.median(found["hashed"])
     rate, whole = (found["bytes"] / statistics.median(found[name]) for name in ("verified", "command"))
@@ -172,7 +159,7 @@ def verify(scale: Scale) -> list[Row]:
             figure=f"verify in memory, against one core that hashes ({hashed / 1e9:.2f} GB/s)",
             value=f"{rate / 1e9:.2f} GB/s: {rate / hashed:.2f}",
             measured=rate / hashed,
-            must=_goal(0.8, "≥ 0.8"),
+            must=goal(0.8, "≥ 0.8"),
             at_least=True,
             samples=found,
         ),
@@ -187,15 +174,15 @@ def verify(scale: Scale) -> list[Row]:
 def loop(scale: Scale) -> list[Row]:
     """What the training feels of the drain."""
     with room.sink() as address:
-        found = _in_memory("loop_bench.loop", s3=address, tensors=_FEW, size=scale.size, runs=scale.runs)
+        found = in_memory("loop_bench.loop", s3=address, tensors=FEW, size=scale.size, runs=scale.runs)
     slower = statistics.median(found["beside"]) / statistics.median(found["alone"])
     return [
         Row(
             figure="training loop while the drainer works, against alone",
             value=f"{slower:.2f}",
             measured=slower,
-            must=_goal(1.15, "≤ 1.15"),
-            stretch=_goal(1.03, "≤ 1.03"),
+            must=goal(1.15, "≤ 1.15"),
+            stretch=goal(1.03, "≤ 1.03"),
             samples=found,
         )
     ]
@@ -209,12 +196,12 @@ def lightning(scale: Scale) -> list[Row]:
         blocked: dict[str, float] = {}
         for kind, name in _LIGHTNING.items():
             runs = scale.runs if kind == "ours" else scale.rival_runs
-            settings = {"kind": kind, "tensors": _FEW, "size": scale.size, "runs": runs}
-            found = _in_memory("lightning_bench.saves", world=world, **settings)
+            settings = {"kind": kind, "tensors": FEW, "size": scale.size, "runs": runs}
+            found = in_memory("lightning_bench.saves", world=world, **settings)
             rows += _lightning_rows(f"{what}, {name}", kind, found)
             blocked[kind] = statistics.median(found["blocked"])
         for kind, times in (("torch", 5), ("async", 3)):
-            less, must = blocked[kind] / blocked["ours"], _goal(times, f"≥ {times}")
+            less, must = blocked[kind] / blocked["ours"], goal(times, f"≥ {times}")
             figure = f"{what}: blocked by {_LIGHTNING[kind]}, against ours"
             rows.append(Row(figure=figure, value=f"{less:.1f}", measured=less, must=must, at_least=True))
     return rows
@@ -223,18 +210,18 @@ def lightning(scale: Scale) -> list[Row]:
 def _lightning_rows(figure: str, kind: str, found: dict[str, Any]) -> list[Row]:
     copied, dump, alone, beside = (statistics.median(found[name]) for name in ("copy", "dump", "alone", "beside"))
     slower, peak = beside / alone, found["peak_bytes"] / MIB
-    blocked = _timed(f"{figure}: blocked", found, "blocked")
+    blocked = timed(f"{figure}: blocked", found, "blocked")
     steps = Row(figure=f"{figure}: steps after a save, against before", value=f"{slower:.2f}", measured=slower)
     memory = Row(figure=f"{figure}: private memory, peak", value=f"{peak:.0f} MiB", measured=peak)
     if kind != "ours":
         return [blocked, steps, memory]
     # Lightning's own dump is part of what blocks, and not the plugin's.
-    bound = 1000 * (1.3 * copied + 30e-6 * _FEW + dump)
+    bound = 1000 * (1.3 * copied + 30e-6 * FEW + dump)
     return [
-        replace(blocked, must=_goal(bound, "≤ 1.3× + 30 µs a tensor + dump")),
-        Row(figure=f"{figure}: of that, Lightning's dump_checkpoint", value=_ms(dump), measured=dump),
+        replace(blocked, must=goal(bound, "≤ 1.3× + 30 µs a tensor + dump")),
+        Row(figure=f"{figure}: of that, Lightning's dump_checkpoint", value=ms(dump), measured=dump),
         steps,
-        replace(memory, must=_goal(64, "≤ 64 MiB")),
+        replace(memory, must=goal(64, "≤ 64 MiB")),
     ]
 
 
@@ -244,16 +231,16 @@ def accelerate(scale: Scale) -> list[Row]:
     blocked: dict[str, float] = {}
     for kind, name in _ACCELERATE.items():
         runs = scale.runs if kind == "ours" else scale.rival_runs
-        found = _in_memory("accelerate_bench.saves", kind=kind, tensors=_FEW, size=scale.size, runs=runs)
+        found = in_memory("accelerate_bench.saves", kind=kind, tensors=FEW, size=scale.size, runs=runs)
         copied, stock, waited = (statistics.median(found[part]) for part in ("copy", "stock", "blocked"))
         blocked[kind] = waited / copied  # each against a copy beside it: the machine is not the same an hour later
-        row = _timed(f"save_state, {name}: blocked", found, "blocked")
+        row = timed(f"save_state, {name}: blocked", found, "blocked")
         if kind != "ours":
             rows.append(row)
             continue
-        rows.append(replace(row, must=_goal(1000 * (1.5 * copied + stock), "≤ 1.5× + Accelerate's own")))
-        rows.append(Row(figure="save_state, ours: of that, Accelerate's own code", value=_ms(stock), measured=stock))
-    for kind, must in (("disk", _goal(4, "≥ 4")), ("tmpfs", None)):
+        rows.append(replace(row, must=goal(1000 * (1.5 * copied + stock), "≤ 1.5× + Accelerate's own")))
+        rows.append(Row(figure="save_state, ours: of that, Accelerate's own code", value=ms(stock), measured=stock))
+    for kind, must in (("disk", goal(4, "≥ 4")), ("tmpfs", None)):
         less = blocked[kind] / blocked["ours"]
         figure = f"save_state, {_ACCELERATE[kind]}: blocked, against ours"
         rows.append(Row(figure=figure, value=f"{less:.1f}", measured=less, must=must, at_least=True))
@@ -264,64 +251,19 @@ def rivals(scale: Scale) -> list[Row]:
     """Torch's own ways with the same state."""
     rows: list[Row] = []
     for kind, name in KINDS.items():
-        found = _in_memory("rivals.rival", kind=kind, tensors=_FEW, size=scale.size, runs=scale.rival_runs)
-        rows.append(_timed(f"{name}: blocked", found, "blocked"))
+        found = in_memory("rivals.rival", kind=kind, tensors=FEW, size=scale.size, runs=scale.rival_runs)
+        rows.append(timed(f"{name}: blocked", found, "blocked"))
         if kind in ("thread", "process"):
-            rows.append(_timed(f"{name}: until its files are there", found, "complete"))
+            rows.append(timed(f"{name}: until its files are there", found, "complete"))
     return rows
-
-
-# ---- rows
-
-
-def _in_memory(function: str, /, *, world: int = 1, **settings: Any) -> Any:
-    with room.directory() as path:
-        return room.call(function, world=world, path=path, **settings)
-
-
-def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    names = [name for name, value in runs[0].items() if isinstance(value, list)]
-    return {name: [value for run in runs for value in run[name]] for name in names}
-
-
-def _timed(
-    figure: str,
-    found: dict[str, Any],
-    name: str,
-    must: tuple[float, float] | None = None,
-    stretch: tuple[float, float] | None = None,
-) -> Row:
-    """A duration; goals are (times the copy, plus milliseconds)."""
-    copied, value = (1000 * statistics.median(found[key]) for key in ("copy", name))
-
-    def goal(asked: tuple[float, float] | None) -> Goal | None:
-        if asked is None:
-            return None
-        times, plus = asked
-        return _goal(times * copied + plus, f"≤ {times:g}×" + (f" + {plus:g} ms" if plus else ""))
-
-    return Row(
-        figure=figure,
-        value=_ms(value / 1000),
-        measured=value,
-        ratio=value / copied,
-        must=goal(must),
-        stretch=goal(stretch),
-        samples={key: found[key] for key in ("copy", name)},
-    )
-
-
-def _goal(bound: float, text: str) -> Goal:
-    return Goal(text=text, bound=bound)
-
-
-def _ms(secs: float) -> str:
-    return f"{1000 * secs:.1f} ms"
 
 
 _SECTIONS: dict[str, Callable[[Scale], list[Row]]] = {
     function.__name__: function
-    for function in (save, first, state_dict, memory, restore, verify, drain, loop, rivals, lightning, accelerate)
+    for function in (
+        *(save, first, state_dict, memory, restore, verify, drain, loop),
+        *(cluster, rivals, lightning, accelerate),
+    )
 }
 
 

@@ -43,9 +43,9 @@ class Yardstick:
         return secs_of(lambda: self._target.copy_(self._source))
 
 
-def anonymous_bytes() -> int:
-    """Return the private memory of this process. Files, and so the arena, are not in it."""
-    return _field(Path("/proc/self/status"), "RssAnon:")
+def anonymous_bytes(pid: int | None = None) -> int:
+    """Return the private memory of process *pid*, or of this one. Files, and so the arena, are not in it."""
+    return _field(Path(f"/proc/{pid or 'self'}/status"), "RssAnon:")
 
 
 def unshared_bytes(pid: int) -> int:
