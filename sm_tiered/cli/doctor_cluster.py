@@ -18,7 +18,7 @@ from sm_tiered.inventory import list_checkpoints
 from sm_tiered.layout import MAX_STEP
 from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers import Tier, open_tier
-from sm_tiered.tiers.hyperpod_chain import Chain
+from sm_tiered.tiers.hyperpod_index import Index
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace
 
 __all__ = ["cluster_findings"]
@@ -32,7 +32,7 @@ _ENABLE = (
     "Elsewhere the service can't be reached: run this in a pod."
 )
 _NOT_IT = "Leave the tier's `url` out: its default is what HyperPod clusters have."
-_FULL = "Keep fewer checkpoints there, or raise InstanceMemoryAllocationPercentage of the cluster's tiered storage."
+_FULL = "InstanceMemoryAllocationPercentage of the cluster's tiered storage says how much memory it has."
 
 _T = TypeVar("_T")
 
@@ -65,13 +65,14 @@ def cluster_findings(settings: HyperPodSettings, namespace: str) -> Iterator[Fin
 
 
 def _failed(settings: HyperPodSettings, check: str, error: TierError) -> Finding:
-    fix = _NOT_IT
+    hint = error.hint or ""
+    more = _NOT_IT if "`url`" in hint or not hint else ""
     if isinstance(error, TierFullError):
-        fix = _FULL
+        more = _FULL
     elif isinstance(error, TierUnavailableError):
-        fix = _ENABLE
+        more = _ENABLE
     without = "; saves and restores go on without it" if settings.unreachable == "skip" else ""
-    return failed(settings.name, check, f"{error.message}{without}", fix)
+    return failed(settings.name, check, f"{error.message}{without}", " ".join(filter(None, (hint, more))))
 
 
 def _address(settings: HyperPodSettings) -> Finding:
@@ -108,14 +109,14 @@ def _answers(service: HyperPodService, settings: HyperPodSettings, namespace: st
 
 def _namespaces(service: HyperPodService, tier: Tier, settings: HyperPodSettings, namespace: str) -> Iterator[Finding]:
     name, need = settings.name, settings.slots
-    chain = Chain(service, namespace, kept=need, holders=lambda member, wire: set())
-    members = chain.members()
+    index = Index(service, settings, namespace)
+    members = index.chain.members()
     wanted = f"{need} steps a rank: keep's {settings.most_kept} and 3 that are on their way, restored from or failed"
     if not members:
         yield ok(name, "namespace", f"{namespace} is not there yet; the first save makes it, with room for {wanted}")
         return
     mine = list_checkpoints(tier)
-    others = _of_others(service, members, {checkpoint.step for checkpoint in mine})
+    others = _of_others(service, index, members)
     for place, member in enumerate(members):
         room = f"{member.name} has {member.ranks} slots, {member.ranks - 1} of them for ranks, and keeps "
         room += f"{member.kept} {'step' if member.kept == 1 else 'steps'} of each"
@@ -136,9 +137,12 @@ def _namespaces(service: HyperPodService, tier: Tier, settings: HyperPodSettings
         yield warn(name, "other steps", f"{member} has steps of another program: {shown}", fix)
 
 
-def _of_others(service: HyperPodService, members: tuple[Namespace, ...], mine: set[int]) -> dict[str, list[int]]:
-    """By namespace: the steps that somebody else counts there, newest first."""
-    found = {member.name: [w for w in service.latest(member) if w < MAX_STEP and w not in mine] for member in members}
+def _of_others(service: HyperPodService, index: Index, members: tuple[Namespace, ...]) -> dict[str, list[int]]:
+    """By namespace: the steps under which something stands that is not ours, newest first."""
+    found: dict[str, list[int]] = {}
+    for member in members:
+        low = [wire for wire in service.latest(member) if wire < MAX_STEP]
+        found[member.name] = [wire for wire in low if None in index.holders(member, wire)]
     return {name: steps for name, steps in found.items() if steps}
 
 

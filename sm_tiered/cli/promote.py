@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sm_tiered import pins
 from sm_tiered.cli.common import EXIT_CORRUPT, EXIT_FAILED, EXIT_OK, check_step, chosen_tiers, is_durable, open_recipe
@@ -13,56 +11,27 @@ from sm_tiered.cli.following import check_timeout, follow
 from sm_tiered.cli.holdings import Held, Opened, check_attempt, is_of, open_memory, opened, ranks_text
 from sm_tiered.cli.meter import Meter
 from sm_tiered.cli.moving import FINISHER, Moved, composer, move
-from sm_tiered.cli.output import clean, note_error, print_json, rate, render, size, text
+from sm_tiered.cli.output import clean, note_error, print_json, render
 from sm_tiered.cli.pin import check_pinnable, durable_tiers
+from sm_tiered.cli.promote_tables import Found, Outcome, blocks, document
 from sm_tiered.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptPartError,
     FormatError,
     SaveError,
-    error_to_json,
 )
 from sm_tiered.handover import Follower, hand_over
 from sm_tiered.inventory import Holding, read_holding
 from sm_tiered.manifest import record_from_json
 from sm_tiered.policies.context import CommittedCheckpoint
 from sm_tiered.queue import Entry, Queue
-from sm_tiered.records import CheckpointId
 from sm_tiered.retention import would_keep
 from sm_tiered.settings import Settings, TierSettings
 from sm_tiered.tiers.base import Tier
 from sm_tiered.transfer import Copied, Progress, clear_failed, copy_checkpoint, is_indexed
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 __all__ = ["run"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """What is to be promoted, and where from."""
-
-    checkpoint: CheckpointId
-    source: str
-    """A tier."""
-    records: Mapping[int, bytes]
-    """Those that are there, by rank."""
-    missing: tuple[int, ...] = ()
-    """Ranks whose share is in the memory of other nodes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Outcome:
-    """What came of it."""
-
-    found: _Found
-    target: str
-    moved: Moved
-    how: str
-    """``drainer``, ``copy``, or ``nothing`` where it stood there already."""
-    pinned: bool
 
 
 def run(
@@ -90,11 +59,11 @@ def run(
         outcome = _promoted(seen, found, target, Meter(quiet=as_json), pin=pin, timeout_secs=timeout_secs)
     error = outcome.moved.error
     if as_json:
-        print_json(_document(settings, outcome))
+        print_json(document(settings, outcome))
     else:
         if error is not None:
             note_error(error)
-        render(*_blocks(outcome))
+        render(*blocks(outcome))
     if isinstance(error, (CorruptPartError, FormatError)):
         return EXIT_CORRUPT
     return EXIT_OK if error is None else EXIT_FAILED
@@ -120,7 +89,7 @@ def _target(settings: Settings, to: str | None) -> TierSettings:
 # ---- which, and where from
 
 
-def _find(seen: Opened, step: int, attempt: str | None, target: TierSettings) -> _Found:
+def _find(seen: Opened, step: int, attempt: str | None, target: TierSettings) -> Found:
     """Take it from *target* itself if it is there, else from memory, else from the first durable tier that has it."""
     try:
         held = seen.find(step, attempt)
@@ -130,14 +99,14 @@ def _find(seen: Opened, step: int, attempt: str | None, target: TierSettings) ->
             raise
         return partial
     source = next(name for name in (target.name, *seen.tiers) if held.complete_on(name))
-    return _Found(checkpoint=held.checkpoint, source=source, records=_records(held, source))
+    return Found(checkpoint=held.checkpoint, source=source, records=_records(held, source))
 
 
 def _records(held: Held, source: str) -> Mapping[int, bytes]:
     return held.holdings[source].records
 
 
-def _partial(seen: Opened, step: int, attempt: str | None) -> _Found | None:
+def _partial(seen: Opened, step: int, attempt: str | None) -> Found | None:
     """This node's share of a step whose other shares are in the memory of other nodes."""
     memory = seen.settings.memory
     if memory is None:
@@ -150,7 +119,7 @@ def _partial(seen: Opened, step: int, attempt: str | None) -> _Found | None:
         holding = read_holding(tier, checkpoint, durable=False)
         missing = _missing(holding)
         if missing:
-            return _Found(checkpoint=checkpoint, source=memory.name, records=holding.records, missing=missing)
+            return Found(checkpoint=checkpoint, source=memory.name, records=holding.records, missing=missing)
     return None
 
 
@@ -169,8 +138,8 @@ def _missing(holding: Holding) -> tuple[int, ...]:
 
 
 def _promoted(
-    seen: Opened, found: _Found, target: TierSettings, meter: Meter, *, pin: bool, timeout_secs: float | None
-) -> _Outcome:
+    seen: Opened, found: Found, target: TierSettings, meter: Meter, *, pin: bool, timeout_secs: float | None
+) -> Outcome:
     receiver = seen.tiers[target.name][1]
     if not pin and found.source != target.name:
         _check_stays(receiver, target, found)
@@ -187,10 +156,10 @@ def _promoted(
             how = "nothing"
     if moved.error is not None and new:
         pins.unpin(receiver, found.checkpoint)
-    return _Outcome(found=found, target=target.name, moved=moved, how=how, pinned=pin and moved.error is None)
+    return Outcome(found=found, target=target.name, moved=moved, how=how, pinned=pin and moved.error is None)
 
 
-def _check_stays(receiver: Tier, target: TierSettings, found: _Found) -> None:
+def _check_stays(receiver: Tier, target: TierSettings, found: Found) -> None:
     """Bringing there what retention takes away at the next commit is never what was meant."""
     first = record_from_json(found.records[min(found.records)])
     newcomer = CommittedCheckpoint(checkpoint=found.checkpoint, saved_at=first.saved_at, metrics=first.metrics)
@@ -203,7 +172,7 @@ def _check_stays(receiver: Tier, target: TierSettings, found: _Found) -> None:
         )
 
 
-def _by_copy(seen: Opened, found: _Found, target: str, meter: Meter) -> Moved:
+def _by_copy(seen: Opened, found: Found, target: str, meter: Meter) -> Moved:
     (settings, sender), (_, receiver) = seen.tiers[found.source], seen.tiers[target]
     namespace, checkpoint = seen.settings.namespace, found.checkpoint
 
@@ -220,7 +189,7 @@ def _by_copy(seen: Opened, found: _Found, target: str, meter: Meter) -> Moved:
 
 def _by_drainer(
     settings: Settings,
-    found: _Found,
+    found: Found,
     target: TierSettings,
     receiver: Tier,
     meter: Meter,
@@ -246,7 +215,7 @@ def _by_drainer(
     return Moved(checkpoint=found.checkpoint, copied=copied, error=error, secs=time.monotonic() - began)
 
 
-def _entries(settings: Settings, found: _Found, target: TierSettings, recipe: str) -> list[Entry]:
+def _entries(settings: Settings, found: Found, target: TierSettings, recipe: str) -> list[Entry]:
     world = record_from_json(found.records[min(found.records)]).world
     return [
         Entry(
@@ -256,50 +225,13 @@ def _entries(settings: Settings, found: _Found, target: TierSettings, recipe: st
             world=world,
             recipe=recipe,
             finisher=FINISHER if is_indexed(found.records) else "",
-            deadline_at=time.time() + settings.commit_deadline(target.name),
-            patient=settings.is_patient(target.name),
+            deadline_at=time.time() + target.in_flight_secs(settings.commit_deadline_secs),
+            patient=target.patient,
             place=settings.place_of(target.name),
         )
         for rank in sorted(found.records)
     ]
 
 
-def _label(found: _Found, target: str) -> str:
+def _label(found: Found, target: str) -> str:
     return f"step {found.checkpoint.step}: {found.source} to {target}"
-
-
-# ---- what is said
-
-
-def _blocks(outcome: _Outcome) -> list[RenderableType]:
-    moved, found = outcome.moved, outcome.found
-    which = f"step {found.checkpoint.step} of a{found.checkpoint.attempt.ordinal}"
-    if moved.copied is None:
-        return [text(f"{which} is not on {outcome.target}", "bold red")]
-    pinned = ", pinned" if outcome.pinned else ""
-    if outcome.how == "nothing":
-        return [text(f"{which} is on {outcome.target} already, committed{pinned}", "green")]
-    by = f"from {found.source}, by the drainer" if outcome.how == "drainer" else f"copied from {found.source}"
-    speed = rate(moved.copied.bytes, moved.secs)
-    figures = f"{size(moved.copied.bytes)} in {moved.secs:.1f} s" + (f" ({speed})" if speed else "")
-    return [text(f"{which} is committed on {outcome.target}{pinned}: {by}, {figures}", "green")]
-
-
-def _document(settings: Settings, outcome: _Outcome) -> dict[str, object]:
-    moved, found = outcome.moved, outcome.found
-    return {
-        "version": 1,
-        "namespace": settings.namespace,
-        "step": found.checkpoint.step,
-        "attempt": str(found.checkpoint.attempt),
-        "from": found.source,
-        "to": outcome.target,
-        "by": outcome.how,
-        "ok": moved.error is None,
-        "pinned": outcome.pinned,
-        "ranks": sorted(found.records),
-        "ranks_elsewhere": list(found.missing),
-        "bytes": moved.copied.bytes if moved.copied else 0,
-        "secs": round(moved.secs, 3),
-        "error": None if moved.error is None else error_to_json(moved.error),
-    }

@@ -7,10 +7,11 @@ import re
 import shlex
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import botocore.session
 import pytest
+import typer
 import yaml
 from botocore import xform_name
 from botocore.validate import ParamValidator
@@ -50,7 +51,7 @@ def test_what_it_asks_of_aws_is_an_operation_with_such_parameters(words: list[st
     shape = model.operation_model(named[operation]).input_shape
     members = {xform_name(name): name for name in shape.members}
     given = dict(zip(words[3::2], words[4::2], strict=True))
-    query = given.pop("--query", None)
+    query, _ = given.pop("--query", None), given.pop("--output", None)
     assert query is None or set(re.findall(r"\w+", query)) <= set(
         model.operation_model(named[operation]).output_shape.members
     )
@@ -69,19 +70,61 @@ def test_it_enables_and_shows_what_the_service_needs() -> None:
     (update,) = [words for words in AWS if "--tiered-storage-config" in words]
     config = json.loads(update[update.index("--tiered-storage-config") + 1])
     assert config == {"Mode": "Enable", "InstanceMemoryAllocationPercentage": 20}
-    assert {words[0] for words in commands()} == {"aws", "kubectl", "sm-tiered"}
+    assert {words[0] for words in commands()} == {"aws", "kubectl"}
     assert ["kubectl", "apply", "-f", "job.yaml"] in commands()
 
 
-OURS = [words[words.index("sm-tiered") + 1 :] for words in commands() if "sm-tiered" in words]
+def test_the_role_is_one_that_pods_can_take() -> None:
+    (statement,) = json.loads((FOLDER / "trust_policy.json").read_text())["Statement"]
+    assert statement["Principal"] == {"Service": "pods.eks.amazonaws.com"}
+    assert statement["Action"] == ["sts:AssumeRole", "sts:TagSession"]
+    asked = [words[2] for words in AWS]
+    assert asked.index("create-role") < asked.index("put-role-policy") < asked.index("create-pod-identity-association")
+    (addon,) = [words for words in AWS if words[2] == "create-addon"]
+    assert addon[-2:] == ["--addon-name", "eks-pod-identity-agent"]
+
+
+def test_no_bucket_s_own_policy_is_replaced_unseen() -> None:
+    asked = [words[2] for words in AWS]
+    assert asked.index("get-bucket-policy") + 1 == asked.index("put-bucket-policy")
+    assert "`put-bucket-policy` replaces the whole policy" in TEXT
+
+
+def inline() -> list[list[str]]:
+    """Commands in the text; a name alone, as in "`sm-tiered ls` shows", is none."""
+    prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
+    found = [shlex.split(text) for text in re.findall(r"`(sm-tiered [^`]+)`", prose)]
+    return [words for words in found if len(words) > 2]
+
+
+OURS = [words for words in (*commands(), *inline()) if "sm-tiered" in words]
 
 
 @pytest.mark.parametrize("words", OURS, ids=" ".join)
-def test_our_commands_have_such_options(words: list[str]) -> None:
-    told = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200"})
-    assert told.exit_code == 0
-    for option in words:
-        assert not option.startswith("--") or option in told.stdout, option
+def test_our_commands_are_whole(words: list[str]) -> None:
+    """None of them is run: their words are parsed, and what is missing or unknown is an error."""
+    name, *arguments = words[words.index("sm-tiered") + 1 :]
+    command = cast("Any", typer.main.get_command(app)).commands[name]
+    given = command.make_context(name, arguments).params
+    assert given["recipe"] == "/opt/recipes/hyperpod/recipe.yaml", "where the image has it"
+
+
+def test_what_needs_the_environment_of_a_pod_is_run_in_one() -> None:
+    run = [words for words in commands() if "sm-tiered" in words]
+    assert len(run) >= 5
+    for words in run:
+        assert words[:4] == ["kubectl", "exec", "$POD", "--"], words
+    imports = [words for words in run if "import" in words]
+    assert any("--from-namespace" in words for words in imports)
+    assert any("--from-namespace" not in words for words in imports)
+    assert "the same as\n`TRAINING_JOB_NAME`" in TEXT
+
+
+def test_it_is_said_alike_that_an_import_is_older_than_what_we_saved() -> None:
+    told = CliRunner().invoke(app, ["import", "--help"], env={"COLUMNS": "200"}).stdout
+    for text in (TEXT, told, (FOLDER.parent.parent / "README.md").read_text(encoding="utf-8")):
+        assert "older than every save of ours" in " ".join(text.split())
+        assert "before every save of ours" not in " ".join(text.split())
 
 
 def messages() -> Iterator[str]:
@@ -128,7 +171,7 @@ def test_the_errors_that_it_quotes_are_what_is_said(monkeypatch: pytest.MonkeyPa
 
 def test_the_files_that_it_names_are_there() -> None:
     names = set(re.findall(r"`([\w/.]+\.(?:yaml|json|py))`", TEXT)) | set(re.findall(r"file://(\S+)", TEXT))
-    assert {"recipe.yaml", "job.yaml", "iam_policy.json", "bucket_policy.json"} <= names
+    assert {"recipe.yaml", "job.yaml", "iam_policy.json", "bucket_policy.json", "trust_policy.json"} <= names
     for name in names:
         assert (FOLDER / name).is_file(), name
 

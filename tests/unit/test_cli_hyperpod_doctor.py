@@ -112,6 +112,29 @@ def test_steps_of_another_program_are_told_and_stay(service: StandInDaemon, foun
     assert service.namespaces[NAMESPACE].blobs[0].keys() == {150}
 
 
+def test_a_step_of_another_program_that_we_have_too_is_told(service: StandInDaemon, found: Found) -> None:
+    service.memory.create(NAMESPACE, {"num_ranks": "3", "steps_retained": "6"})
+    service.memory.put(NAMESPACE, 0, 20, StoredBlob(bytearray(b"a torch.save stream"), 19, ""))
+    tier = cluster_tier(service.url)
+    write_attempt(tier, 1)
+    write_checkpoint(tier, checkpoint(20), durable=True)
+    tier.close()
+    checks = found(service.url)
+    assert checks["checkpoints"]["text"] == "1 there, the newest is step 20"
+    assert checks["other steps"]["text"] == f"{NAMESPACE} has steps of another program: 20"
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_our_own_steps_are_nobody_else_s(service: StandInDaemon, found: Found, small: bool) -> None:
+    if small:
+        service.memory.max_step = SMALL_STEPS
+    tier = cluster_tier(service.url)
+    write_attempt(tier, 1)
+    write_checkpoint(tier, checkpoint(20), durable=True)
+    tier.close()
+    assert "other steps" not in found(service.url)
+
+
 def test_a_service_that_counts_in_32_bits_is_all_right(service: StandInDaemon, found: Found) -> None:
     service.memory.max_step = SMALL_STEPS
     assert {each["level"] for each in found(service.url).values()} == {"ok"}
@@ -172,6 +195,11 @@ def test_what_is_wrong_is_told_with_what_to_do(
     assert words in failed["text"]
     assert fix in failed["fix"]
     assert "\n" not in failed["text"]
+
+
+def test_what_the_error_itself_says_to_do_is_told(service: StandInDaemon, found: Found) -> None:
+    service.restart(DaemonFault(kind="status", status=403, text="no"))
+    assert "without a proxy before it" in bad(found(service.url, ok=False))["fix"]
 
 
 def test_slow_answers_are_a_warning(service: StandInDaemon, found: Found, monkeypatch: pytest.MonkeyPatch) -> None:

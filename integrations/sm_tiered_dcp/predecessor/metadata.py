@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 
 from sm_tiered import layout
-from sm_tiered.errors import FormatError
+from sm_tiered.errors import FormatError, SaveError
+from sm_tiered_dcp.predecessor.tiling import are_apart
 from sm_tiered_dcp.predecessor.unpickling import Made, Named, read_pickle
 from sm_tiered_dcp.tensor_reads import dtype_named
 
@@ -21,6 +22,7 @@ _LONGEST = 2**62
 _LONGEST_NAME, _DEEPEST = 4096, 256
 
 _T = TypeVar("_T")
+_Entry = TypeVar("_Entry", "StoredTensor", "StoredValue")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,34 +71,42 @@ class Contents:
     tensors: tuple[StoredTensor, ...]
     values: tuple[StoredValue, ...]
 
-    @property
-    def entries(self) -> tuple[StoredTensor | StoredValue, ...]:
-        """Both together."""
-        return (*self.tensors, *self.values)
+    entries: tuple[StoredTensor | StoredValue, ...] = field(init=False, repr=False, compare=False)
+    """Both together."""
+    size: int = field(init=False, compare=False)
+    """Of all that is stored, in bytes."""
+    ends: Mapping[int, int] = field(init=False, compare=False)
+    """For each rank that stored something, how long its shard must be at least, in bytes."""
+    _tensors_of: Mapping[int, Sequence[StoredTensor]] = field(init=False, repr=False, compare=False)
+    _values_of: Mapping[int, Sequence[StoredValue]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Go through all of it once: there may be a million entries, and each of them is asked for."""
+        entries = (*self.tensors, *self.values)
+        ends: dict[int, int] = {}
+        for entry in entries:
+            ends[entry.span.rank] = max(ends.get(entry.span.rank, 0), entry.span.end)
+        object.__setattr__(self, "entries", entries)
+        object.__setattr__(self, "size", sum(entry.span.length for entry in entries))
+        object.__setattr__(self, "ends", ends)
+        object.__setattr__(self, "_tensors_of", _by_rank(self.tensors))
+        object.__setattr__(self, "_values_of", _by_rank(self.values))
 
     @property
     def world(self) -> int:
         """How many ranks wrote it, as far as the highest that stored something tells."""
-        return 1 + max((entry.span.rank for entry in self.entries), default=0)
+        return 1 + max(self.ends, default=0)
 
-    @property
-    def size(self) -> int:
-        """Of all that is stored, in bytes."""
-        return sum(entry.span.length for entry in self.entries)
-
-    @property
-    def ends(self) -> dict[int, int]:
-        """For each rank that stored something, how long its shard must be at least, in bytes."""
-        found: dict[int, int] = {}
-        for entry in self.entries:
-            found[entry.span.rank] = max(found.get(entry.span.rank, 0), entry.span.end)
-        return found
-
-    def of(self, rank: int) -> tuple[list[StoredTensor], list[StoredValue]]:
+    def of(self, rank: int) -> tuple[Sequence[StoredTensor], Sequence[StoredValue]]:
         """Return what *rank* stored, in the order in which it stands in the shard."""
-        tensors = sorted((t for t in self.tensors if t.span.rank == rank), key=lambda entry: entry.span.offset)
-        values = sorted((v for v in self.values if v.span.rank == rank), key=lambda entry: entry.span.offset)
-        return tensors, values
+        return self._tensors_of.get(rank, ()), self._values_of.get(rank, ())
+
+
+def _by_rank(entries: Iterable[_Entry]) -> Mapping[int, Sequence[_Entry]]:
+    found: dict[int, list[_Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.span.offset):
+        found.setdefault(entry.span.rank, []).append(entry)
+    return found
 
 
 def read_contents(data: bytes, what: str) -> Contents:
@@ -104,14 +114,19 @@ def read_contents(data: bytes, what: str) -> Contents:
 
     Raises:
         FormatError: it is no such metadata, contradicts itself, or names something else than DCP's metadata.
+        SaveError: there is not enough memory for it.
     """
-    found = _made(read_pickle(data, what), "Metadata", what)
+    try:
+        found = _made(read_pickle(data, what), "Metadata", what)
+    except MemoryError as error:
+        hint = "It is not damaged: import where there is more."
+        raise SaveError(f"{what}: there is not enough memory for what {len(data)} bytes tell", hint=hint) from error
     try:
         contents = _contents(_fields(found))
         _check_apart(contents)
     except FormatError as error:
         raise FormatError(f"{what}: {error.message}", hint=error.hint) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"{what} is no DCP metadata: {type(error).__name__}: {str(error)[:120]}") from error
     return contents
 
@@ -122,6 +137,7 @@ def _contents(fields: Mapping[str, Any]) -> Contents:
     spans = _spans(_mapping(fields.get("storage_data"), "storage_data"))
     tensors: list[StoredTensor] = []
     values: list[StoredValue] = []
+    lists: set[int] = set()
     for name, entry in described.items():
         fqn = _name(name)
         if not isinstance(entry, Made) or entry.name not in ("TensorStorageMetadata", "BytesStorageMetadata"):
@@ -129,10 +145,17 @@ def _contents(fields: Mapping[str, Any]) -> Contents:
         if entry.name == "BytesStorageMetadata":
             values.append(StoredValue(fqn=fqn, path=paths[fqn], span=_taken(spans, fqn, None)))
         else:
-            tensors += _chunks(fqn, paths[fqn], _fields(entry), spans)
+            described_by = _fields(entry)
+            chunks = _typed(described_by["chunks"], list, f"{fqn}: chunks")
+            if id(chunks) in lists:
+                raise FormatError(f"{fqn}: its chunks are another tensor's")
+            lists.add(id(chunks))
+            tensors += _chunks(fqn, paths[fqn], described_by, spans)
     if spans:
         (fqn, offsets), _ = spans.popitem()
         raise FormatError(f"{fqn} at {offsets} is stored and not described")
+    if not described:
+        raise FormatError("it holds nothing", hint="Look whether that is the run that you mean.")
     return Contents(tensors=tuple(tensors), values=tuple(values))
 
 
@@ -149,8 +172,10 @@ def _chunks(
         )
         if not inside or known.setdefault(offsets, sizes) != sizes:
             raise FormatError(f"{fqn}: a chunk of {sizes} at {offsets} is no part of {shape}, or stands twice")
-    if sum(map(math.prod, known.values())) != math.prod(shape) or (len(known) == 1 and shape not in known.values()):
+    if sum(map(math.prod, known.values())) != math.prod(shape) or (len(known) < 2 and shape not in known.values()):
         raise FormatError(f"{fqn}: its chunks are not all of {shape}")
+    if not are_apart(list(known.items())):
+        raise FormatError(f"{fqn}: two of its chunks hold the same elements, and others are missing")
     for offsets, sizes in known.items():
         span = _taken(spans, fqn, offsets)
         if math.prod(sizes) * dtype.itemsize > span.length:
@@ -207,9 +232,9 @@ def _paths(planner_data: object, described: Mapping[Any, object]) -> dict[str, t
         path = _typed(keys, tuple, f"{_name(fqn)}: path")
         if not 0 < len(path) <= _DEEPEST or not all(type(key) in (str, int) for key in path):
             raise FormatError(f"{_name(fqn)}: its path is none")
-        paths[fqn] = tuple(_name(key) if isinstance(key, str) else _int(key, _LONGEST, "path") for key in path)
+        paths[fqn] = tuple(key if isinstance(key, str) else _int(key, _LONGEST, f"{fqn}: path") for key in path)
         if ".".join(map(str, path)) != fqn:
-            raise FormatError(f"{fqn}: its path leads to another name, {path}")
+            raise FormatError(f"{fqn}: its path leads to another name, {str(path)[:200]}")
     return paths
 
 
@@ -260,5 +285,6 @@ def _typed(value: object, kind: type[_T], what: str) -> Any:
 
 def _int(value: object, limit: int, what: str) -> int:
     if type(value) is not int or not 0 <= value < limit:
-        raise FormatError(f"{what}: {str(value)[:40]} is no integer of at least 0, below {limit}")
+        told = value if isinstance(value, int) else f"a {type(value).__name__}"
+        raise FormatError(f"{what}: {told} is no integer of at least 0, below {limit}")
     return value
