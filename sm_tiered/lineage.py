@@ -11,12 +11,21 @@ from collections.abc import Collection, Iterable, Mapping
 
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
 
-__all__ = ["candidates", "next_attempt"]
+__all__ = ["candidates", "imported_attempt", "next_attempt"]
 
 
 def next_attempt(seen: Iterable[Attempt], *, utc_secs: int, nonce: str) -> Attempt:
     """Return an attempt above all that were *seen*."""
     return Attempt(ordinal=1 + max((attempt.ordinal for attempt in seen), default=0), utc_secs=utc_secs, nonce=nonce)
+
+
+def imported_attempt(step: int, identity: str) -> Attempt:
+    """Return the attempt of *step* of another program, of the save that *identity* (hex digits) tells from others.
+
+    It is below every attempt of ours, in the order of the steps, and no two saves share it: what was cut short is only
+    gone on with out of the very same save.
+    """
+    return Attempt(ordinal=1, utc_secs=1 + step // 10, nonce=f"{step % 10}{identity[:7]}")
 
 
 def candidates(

@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-__all__ = ["Attempt", "AttemptRecord", "CheckpointId", "Item", "ItemTable", "Manifest", "Part", "Record"]
+__all__ = [
+    "IMPORTED_SECS",
+    "Attempt",
+    "AttemptRecord",
+    "CheckpointId",
+    "Item",
+    "ItemTable",
+    "Manifest",
+    "Part",
+    "Record",
+]
+
+IMPORTED_SECS = 10**9
+"""Seconds of attempts that were imported are from 1 up to here; those of ours are the time, which passed it in 2001."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -17,6 +30,11 @@ class Attempt:
     utc_secs: int
     nonce: str
     """8 hex digits."""
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it holds what another program saved: then its seconds are no time (`lineage.imported_attempt`)."""
+        return self.ordinal == 1 and 0 < self.utc_secs <= IMPORTED_SECS
 
     def __str__(self) -> str:
         return f"a{self.ordinal:06d}-{self.utc_secs}-{self.nonce}"

@@ -65,13 +65,17 @@ def load_value(data: bytes | bytearray | memoryview, *, allow_pickle: bool, what
         raise CorruptPartError(f"{what}: {_short(error)}", key=what) from error
 
 
-def load_stream(stream: IO[bytes], length: int, *, allow_pickle: bool, what: str) -> Any:
-    """Return the object that a ``torch.save`` stream of *length* bytes holds; see `load_value`."""
+def load_stream(stream: IO[bytes], length: int, *, allow_pickle: bool, what: str, checked: bool = False) -> Any:
+    """Return the object that a ``torch.save`` stream of *length* bytes holds; see `load_value`.
+
+    *checked*: `check_zip` was asked already.
+    """
     start = stream.read(len(_ZIP))
     if start != _ZIP:
         raise CorruptPartError(f"{what}: {length} bytes that are no stored value", key=what)
     try:
-        check_zip(stream, length)
+        if not checked:
+            check_zip(stream, length)
         return _loaded(stream, weights_only=True)
     except MemoryError:
         raise  # no damage

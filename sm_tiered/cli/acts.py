@@ -155,8 +155,11 @@ def import_(
 ) -> int:
     """Take over checkpoints that amzn-sagemaker-checkpointing wrote: checked, converted, committed and read back.
 
-    They keep their steps and stand before every save of ours: a job goes on from them by itself, and where it has saves
-    of its own, those stay the latest. Any number of ranks can restore them, and stock DCP reads them.
+    They keep their steps and count as older than every save of ours: a job without saves of its own goes on from them
+    by itself; where it has some, those stay the latest. Any number of ranks can restore them, and stock DCP reads them.
+
+    On S3, a step with a shard that is newer than its metadata may be of two saves: it is passed over unless --step asks
+    for it. The cluster's service tells no times, so there nothing can tell that.
     """
     from sm_tiered.cli import import_ as command
 

@@ -110,6 +110,12 @@ def two_ranks(step: int) -> Made:
     return made(one, other)
 
 
+def imported(namespace: Path, step: int) -> Path:
+    """The directory, below that of our *namespace*, of the one import of *step*."""
+    (found,) = namespace.glob(f"step_{step:010d}-a000001-*")
+    return found
+
+
 def directory(path: Path, namespace: str, name: str = "local") -> Tier:
     """A directory as a tier."""
     return open_tier(LocalSettings(name=name, save=None, keep=Latest(3), path=str(path), fsync=False), namespace)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +13,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from sm_tiered import layout
-from sm_tiered.errors import CorruptPartError, NothingRestorableError, TierUnavailableError
-from sm_tiered.policies.keep import Latest
-from sm_tiered.recipe import Recipe
-from sm_tiered.records import CheckpointId
-from sm_tiered.settings import HyperPodSettings, S3Settings
+from sm_tiered.settings import S3Settings
 from sm_tiered.testing.daemon import DaemonFault, StandInDaemon
 from sm_tiered.verify import State, verify_checkpoint
 from sm_tiered_dcp import TieredCheckpointer, TieredStorageReader, TieredStorageWriter
-from sm_tiered_dcp.predecessor import ATTEMPT, Source, adopt, import_step
-from sm_tiered_dcp.predecessor.origins import open_daemon, open_s3
+from sm_tiered_dcp.predecessor import Source, import_step
+from sm_tiered_dcp.predecessor.origins import open_daemon
 from tests.distributed.dcp_jobs import NAMESPACE, run
 from tests.distributed.dcp_jobs import recipe as jobs_recipe
 from tests.integrations import predecessor_job
 from tests.integrations.predecessor_made import directory
-from tests.predecessor import DOCUMENTED, NEWEST, child_env, running_server
+from tests.integrations.predecessor_place import BASE, STEPS, Place, empty_state, same, wanted_state
+from tests.predecessor import DOCUMENTED, NEWEST, running_server
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -39,48 +33,6 @@ pytestmark = [
     pytest.mark.xdist_group("predecessor"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
 ]
-
-STEPS = (10, 20)
-BASE = "jobs/base"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the predecessor's jobs of this module save."""
-
-    settings: S3Settings
-    daemon: StandInDaemon
-
-    def save(self, version: str, namespace: str, world: int, *, steps: Sequence[int] = STEPS, **options: Any) -> None:
-        """Run a job of that release."""
-        wanted: Mapping[str, Any] = {
-            "namespace": namespace,
-            "steps": list(steps),
-            "world": world,
-            "base": f"s3://{self.settings.bucket}/{BASE}",
-            "endpoint": self.settings.endpoint_url,
-            "daemon": self.daemon.url,
-            **options,
-        }
-        script = Path(predecessor_job.__file__)
-        env = child_env(
-            version, AWS_ENDPOINT_URL=str(self.settings.endpoint_url), AWS_REGION="us-east-1", OMP_NUM_THREADS="1"
-        )
-        done = subprocess.run(
-            [sys.executable, str(script), json.dumps(wanted)], env=env, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    def s3(self, namespace: str) -> Source:
-        return open_s3(self.settings, self.settings.bucket, BASE, namespace)
-
-    def service(self, namespace: str) -> Source:
-        return open_daemon(self.service_settings(), namespace)
-
-    def service_settings(self) -> HyperPodSettings:
-        return HyperPodSettings(
-            name="cluster", save=None, keep=Latest(3), url=self.daemon.url, retry_attempts=2, retry_deadline_secs=3.0
-        )
 
 
 @pytest.fixture(scope="module")
@@ -105,37 +57,6 @@ def saved(place: Place, s3_client: S3Client) -> dict[str, tuple[str, int]]:
         for namespace, (version, world) in made.items():
             place.save(version, namespace, world)
     return made
-
-
-def same(found: object, wanted: object, where: str = "state") -> None:
-    """See that two states are equal to the bit."""
-    if isinstance(wanted, torch.Tensor):
-        assert isinstance(found, torch.Tensor), where
-        assert found.dtype is wanted.dtype, where
-        assert torch.equal(found, wanted), where
-    elif isinstance(wanted, Mapping):
-        assert isinstance(found, Mapping), where
-        assert set(found) == set(wanted), where
-        for key in wanted:
-            same(found[key], wanted[key], f"{where}.{key}")
-    elif isinstance(wanted, (list, tuple)):
-        assert isinstance(found, type(wanted)), where
-        assert len(found) == len(wanted), where
-        for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
-            same(one, other, f"{where}[{index}]")
-    else:
-        assert found == wanted, where
-
-
-def wanted_state(step: int, world: int) -> dict[str, Any]:
-    found = predecessor_job.local_state(step)
-    return {**found, "sharded": predecessor_job.whole(step)} if world > 1 else found
-
-
-def empty_state(world: int) -> dict[str, Any]:
-    """The same structure with other values."""
-    found = predecessor_job.local_state(999)
-    return {**found, "sharded": torch.zeros(5, 4)} if world > 1 else found
 
 
 def check(source: Source, version: str, world: int, tmp_path: Path) -> None:
@@ -204,7 +125,7 @@ def test_a_job_goes_on_from_it_and_its_own_saves_come_first(
     target = directory(tmp_path / "out", "ours")
     source = place.s3("newest-2")
     newest, older = source.listed()
-    import_step(source, newest, target, namespace="ours")
+    first = import_step(source, newest, target, namespace="ours").checkpoint
     text = f"local: {{kind: local, path: {tmp_path / 'out'}, fsync: false, keep: {{latest: 2}}}}"
     ours = recipe(tmp_path, memory_dir, "ours", text)
     with TieredCheckpointer.from_recipe(ours) as checkpointer:
@@ -212,12 +133,12 @@ def test_a_job_goes_on_from_it_and_its_own_saves_come_first(
         assert checkpointer.restore(state) == 20
         same(state, wanted_state(20, world))
         assert checkpointer.restored is not None
-        assert checkpointer.restored.checkpoint == CheckpointId(attempt=ATTEMPT, step=20)
+        assert checkpointer.restored.checkpoint == first
         state["step"] = 25
         checkpointer.save(25, state, tiers=["local"]).wait("local")
-    (record,) = [path for path in (tmp_path / "out/ours/attempts").iterdir() if str(ATTEMPT) not in path.name]
+    (record,) = [path for path in (tmp_path / "out/ours/attempts").iterdir() if str(first.attempt) not in path.name]
     assert record.name.startswith("a000002-")
-    assert json.loads(record.read_text())["parent"] == layout.checkpoint_dir(CheckpointId(attempt=ATTEMPT, step=20))
+    assert json.loads(record.read_text())["parent"] == layout.checkpoint_dir(first)
     import_step(source, older, target, namespace="ours")  # late, and below all of ours
     with TieredCheckpointer.from_recipe(ours) as checkpointer:
         assert checkpointer.latest() == 25
@@ -289,84 +210,6 @@ def test_what_we_write_users_of_stock_dcp_can_read(
     run(2, _write, jobs_recipe(tmp_path, memory_dir, tiers={"s3": s3}), env=env)
     (where,) = (tmp_path / "disk" / NAMESPACE).glob("step_*")
     run(world, _read_stock, str(where), f"{uri}/{NAMESPACE}/{where.name}/", s3_endpoint, env=env)
-
-
-# ---- on the fly
-
-
-def adopting(tmp_path: Path, place: Place, namespace: str, *, s3: bool, cluster: bool, url: str = "") -> Recipe:
-    tiers: dict[str, Any] = {"memory": {"kind": "memory", "path": str(tmp_path / "mem"), "allow_disk": True}}
-    if cluster:
-        retry = {"attempts": 1, "deadline_secs": 1}
-        tiers["cluster"] = {"kind": "hyperpod", "url": url or place.daemon.url, "retry": retry}
-    if s3:
-        tiers["s3"] = {
-            "kind": "s3",
-            "uri": f"s3://{place.settings.bucket}/{BASE}",
-            "endpoint_url": place.settings.endpoint_url,
-            "region": "us-east-1",
-            "force_path_style": True,
-            "allow_http": True,
-        }
-    return Recipe.parse({"version": 1, "namespace": namespace, "tiers": tiers})
-
-
-@pytest.fixture(scope="module")
-def mixed(place: Place) -> str:
-    """A namespace with step 20 in S3 and steps 20 and 30 in the cluster's memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}.items():
-            patch.setenv(name, value)
-        place.save(NEWEST, "mixed", 1, steps=[20, 30], s3_steps=[20])
-    return "mixed"
-
-
-def test_on_the_fly_the_newest_of_all_places_is_taken(
-    place: Place, mixed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = adopting(tmp_path, place, mixed, s3=True, cluster=True)
-    with caplog.at_level(logging.INFO, logger="sm_tiered"):
-        assert adopt(made)
-    assert "took over" in caplog.text
-    assert "step 30, which amzn-sagemaker-checkpointing wrote on 1 ranks" in caplog.text
-    with TieredCheckpointer.from_recipe(made) as checkpointer:
-        assert checkpointer.latest() == 30
-        state = empty_state(1)
-        assert checkpointer.restore(state) == 30
-        same(state, wanted_state(30, 1))
-
-
-def test_on_the_fly_a_damaged_newest_is_passed_over_and_that_is_said(
-    place: Place, mixed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = adopting(tmp_path, place, mixed, s3=False, cluster=True)
-    place.daemon.flip(mixed, 0, 30, 8 * 5000)
-    try:
-        source = place.service(mixed)
-        with pytest.raises(CorruptPartError, match="differs from its checksum"), source.shard(source.listed()[0], 0):
-            pass
-        assert adopt(made)
-    finally:
-        place.daemon.flip(mixed, 0, 30, 8 * 5000)
-    assert "step 30 is not taken over" in caplog.text
-    with TieredCheckpointer.from_recipe(made) as checkpointer:
-        assert checkpointer.latest() == 20
-
-
-def test_on_the_fly_nothing_silence_and_damage_are_three_answers(place: Place, mixed: str, tmp_path: Path) -> None:
-    assert not adopt(adopting(tmp_path, place, "never-used", s3=True, cluster=True))
-    assert not adopt(adopting(tmp_path, place, mixed, s3=True, cluster=True), step=77)
-    nobody = "http://127.0.0.1:9"
-    with pytest.raises(TierUnavailableError, match="does not answer"):
-        adopt(adopting(tmp_path, place, "never-used", s3=True, cluster=True, url=nobody))
-    place.daemon.flip(mixed, 1, 30, 3)  # of the metadata: it is no pickle any more, and its checksum is another
-    place.daemon.flip(mixed, 1, 20, 800)
-    try:
-        with pytest.raises(NothingRestorableError, match="no checkpoint .* can be used: .*differs from its checksum"):
-            adopt(adopting(tmp_path, place, mixed, s3=False, cluster=True))
-    finally:
-        place.daemon.flip(mixed, 1, 30, 3)
-        place.daemon.flip(mixed, 1, 20, 800)
 
 
 def test_a_service_that_stops_in_the_middle_is_asked_again(

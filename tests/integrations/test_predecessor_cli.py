@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sm_tiered import layout
 from sm_tiered.manifest import record_to_json
 from sm_tiered.policies.keep import Latest
 from sm_tiered.records import Attempt, CheckpointId, Record
@@ -17,8 +16,7 @@ from sm_tiered.settings import HyperPodSettings, S3Settings
 from sm_tiered.testing.daemon import StandInDaemon, shard_meta
 from sm_tiered.tiers import Share, ShareTier, open_tier
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Slot
-from sm_tiered_dcp.predecessor import ATTEMPT
-from tests.integrations.predecessor_made import NAMESPACE, Made, made, two_ranks
+from tests.integrations.predecessor_made import NAMESPACE, Made, imported, made, two_ranks
 from tests.unit.acting import call, document
 
 if TYPE_CHECKING:
@@ -59,7 +57,7 @@ class Job:
         return " ".join(result.output.split())
 
     def directory(self, step: int) -> Path:
-        return self.root / "local" / "ours" / layout.checkpoint_dir(CheckpointId(attempt=ATTEMPT, step=step))
+        return imported(self.root / "local" / "ours", step)
 
 
 @pytest.fixture
@@ -81,7 +79,7 @@ def test_the_latest_complete_step_is_taken_and_what_was_passed_over_is_said(job:
     assert "imported, read back, committed" in told
     assert "1 of 3 from" in told
     assert job.directory(20).is_dir()
-    assert not job.directory(10).exists()
+    assert not list((job.root / "local" / "ours").glob("step_0000000010-*"))
     assert call("verify", job.recipe, "--tier", "local").exit_code == 0
     found = document(call("ls", job.recipe, "--json"))
     assert found is not None
@@ -107,7 +105,7 @@ def test_a_save_that_never_ended_is_no_failure(job: Job) -> None:
 def test_a_dry_run_writes_nothing(job: Job) -> None:
     job.put(10)
     told = job.run(*TO, "--dry-run")
-    assert "complete: it would be imported" in told
+    assert "metadata and sizes are complete; contents were not read" in told
     assert "nothing was written" in told
     assert not (job.root / "local" / "ours").exists()
 

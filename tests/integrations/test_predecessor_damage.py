@@ -1,4 +1,4 @@
-"""Checkpoints of the predecessor's that are cut, damaged or unfinished; and imports that are cut, repeated or late."""
+"""Checkpoints of the predecessor's that are cut, damaged or unfinished."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from sm_tiered import layout
 from sm_tiered.errors import (
     CheckpointNotFoundError,
     CorruptPartError,
-    KeyExistsError,
-    TierUnavailableError,
 )
-from sm_tiered.inventory import list_checkpoints, read_manifest
-from sm_tiered.manifest import manifest_from_json, manifest_to_json
-from sm_tiered.records import CheckpointId
+from sm_tiered.inventory import list_checkpoints
 from sm_tiered.tiers.base import Tier
 from sm_tiered.verify import State, verify_checkpoint
-from sm_tiered_dcp.predecessor import ATTEMPT, import_step, look_at
-from tests.integrations.predecessor_made import NAMESPACE, directory, made, source, two_ranks
+from sm_tiered_dcp.predecessor import import_step, look_at
+from tests.integrations.predecessor_made import NAMESPACE, directory, imported, made, source, two_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -49,7 +44,7 @@ def taken(base: Path, target: Any, **options: Any) -> Any:
 
 def loaded(path: Path, step: int) -> dict[str, Any]:
     found: dict[str, Any] = {"a": torch.zeros(40, 3), "b": torch.zeros(6, dtype=torch.int64), "epoch": 0, "note": ""}
-    where = path / "out" / "ours" / layout.checkpoint_dir(CheckpointId(attempt=ATTEMPT, step=step))
+    where = imported(path / "out" / "ours", step)
     dcp.load(found, storage_reader=dcp.FileSystemReader(where), no_dist=True)
     return found
 
@@ -75,7 +70,7 @@ def metadata_bytes(base: Path) -> int:
     return (base / NAMESPACE / "rank_0/step_10/metadata.metadata").stat().st_size
 
 
-def test_both_layouts_are_found_and_strange_names_are_not(base: Path) -> None:
+def test_both_layouts_are_found_and_strange_names_are_not(base: Path, target: Tier) -> None:
     two_ranks(20).put(base, 20, by_step=True)
     two_ranks(10).put(base, 10, by_step=True)
     for name in ("rank_0/step_-5/checkpoint.pt", "rank_0/step_007/checkpoint.pt", "rank_x/step_5/checkpoint.pt"):
@@ -89,7 +84,7 @@ def test_both_layouts_are_found_and_strange_names_are_not(base: Path) -> None:
     place = source(base)
     listed = [(found.step, found.name, found.finished) for found in place.listed()]
     assert listed == [(20, "step_20 (by step)", True), (10, "step_10", True), (10, "step_10 (by step)", True)]
-    assert [look_at(place, found).world for found in place.listed()] == [2, 2, 2]
+    assert [look_at(place, found, target, namespace="ours").world for found in place.listed()] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -188,62 +183,3 @@ def test_a_shard_that_is_newer_than_the_metadata_is_doubted(base: Path) -> None:
     later = path.stat().st_mtime + 100
     os.utime(path, (later, later))
     assert "the shard of rank 1 was written after the metadata" in (doubt_about(source(base).listed()[0]) or "")
-
-
-# ---- imports that are cut, repeated or late
-
-
-def test_an_import_that_was_cut_is_gone_on_with(base: Path, target: Tier, tmp_path: Path) -> None:
-    cut = _CutAt(target, "record-00001.json")
-    with pytest.raises(TierUnavailableError):
-        taken(base, cut)
-    checkpoint = CheckpointId(attempt=ATTEMPT, step=10)
-    assert read_manifest(target, checkpoint) is None, "nothing is visible"
-    counted = _CutAt(target, "")
-    assert not taken(base, counted).already
-    assert not any(key.endswith("__0_0.distcp") for key in counted.written), "what rank 0 had written was found"
-    assert loaded(tmp_path, 10)["note"] == "step 10"
-    again = _CutAt(target, "")
-    assert taken(base, again).already
-    assert again.written == []
-
-
-class _CutAt:
-    """A tier that does not answer any more when the key that ends in *last* is to be written; "" never."""
-
-    def __init__(self, tier: Tier, last: str) -> None:
-        self._tier, self._last = tier, last
-        self.written: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tier, name)
-
-    def put_part(self, key: str, chunks: Any, size: int) -> None:
-        self.written.append(key)
-        self._tier.put_part(key, chunks, size)
-
-    def put_if_absent(self, key: str, data: bytes) -> None:
-        if self._last and key.endswith(self._last):
-            raise TierUnavailableError("gone")
-        self._tier.put_if_absent(key, data)
-
-
-def test_another_import_of_that_step_is_not_written_over(base: Path, target: Tier, tmp_path: Path) -> None:
-    taken(base, target)
-    made({"other": torch.ones(2)}).put(tmp_path / "base2", 10)
-    place = source(tmp_path / "base2")
-    with pytest.raises(KeyExistsError, match="another import of that step is committed there, with other values"):
-        import_step(place, place.listed()[0], target, namespace="ours")
-    assert loaded(tmp_path, 10)["note"] == "step 10"
-
-
-def test_what_was_deleted_stays_deleted(base: Path, target: Tier) -> None:
-    from dataclasses import replace
-
-    found = taken(base, target)
-    key = layout.in_dir(found.checkpoint, layout.MANIFEST)
-    blob = target.get(key)
-    grave = replace(manifest_from_json(blob.data), tombstone=True, parts={}, records={}, metrics={})
-    target.replace(key, manifest_to_json(grave), version=blob.version)
-    with pytest.raises(KeyExistsError, match="it was deleted there"):
-        taken(base, target)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sm_tiered.lineage import candidates, next_attempt
+from sm_tiered.layout import parse_attempt
+from sm_tiered.lineage import candidates, imported_attempt, next_attempt
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
 
 
@@ -58,3 +59,23 @@ def test_an_attempt_is_numbered_above_all_that_were_seen() -> None:
     found = next_attempt([attempt(3), attempt(7), attempt(1)], utc_secs=5, nonce="0123abcd")
     assert str(found) == "a000008-5-0123abcd"
     assert next_attempt([], utc_secs=5, nonce="0123abcd").ordinal == 1
+
+
+def test_imports_are_below_all_of_ours_in_the_order_of_their_steps() -> None:
+    steps = [0, 1, 9, 10, 11, 99, 100, 2_000_000_000, 10**10 - 1]
+    made = [CheckpointId(attempt=imported_attempt(step, f"{-step & 15:x}" * 32), step=step) for step in steps]
+    assert candidates(made, {}) == sorted(made, key=lambda checkpoint: -checkpoint.step)
+    assert candidates([*made, at(1, 5)], {})[0] == at(1, 5)
+    assert all(checkpoint.attempt.is_imported for checkpoint in made)
+    assert not attempt(1).is_imported
+    assert all(parse_attempt(str(checkpoint.attempt)) == checkpoint.attempt for checkpoint in made)
+
+
+def test_two_saves_of_a_step_are_two_attempts() -> None:
+    one, other = imported_attempt(17, "0123456789abcdef"), imported_attempt(17, "0123457789abcdef")
+    assert (str(one), str(other)) == ("a000001-2-70123456", "a000001-2-70123457")
+
+
+def test_who_chose_an_imported_step_leaves_the_later_imports_behind() -> None:
+    made = [CheckpointId(attempt=imported_attempt(step, "f" * 32), step=step) for step in (5, 10, 20)]
+    assert candidates(made, opened(2, made[1], chosen=True)) == [made[1], made[0]]

@@ -6,21 +6,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 
-from sm_tiered.errors import (
-    CheckpointNotFoundError,
-    ConfigError,
-    CorruptPartError,
-    FormatError,
-    NothingRestorableError,
-    TieredError,
-    TierUnavailableError,
-)
+from sm_tiered.errors import NothingRestorableError, TieredError, TierUnavailableError
 from sm_tiered.log_lines import printable
 from sm_tiered.recipe import Recipe
 from sm_tiered.settings import HyperPodSettings, S3Settings, Settings, TierSettings
 from sm_tiered.tiers import open_tier
-from sm_tiered_dcp.predecessor.importing import import_step
-from sm_tiered_dcp.predecessor.looking import doubt_about
+from sm_tiered_dcp.predecessor.importing import OLDER, import_step
+from sm_tiered_dcp.predecessor.looking import check_undoubted, doubt_about
 from sm_tiered_dcp.predecessor.origins import open_daemon, open_s3
 from sm_tiered_dcp.predecessor.sources import Listed, Source
 
@@ -28,15 +20,13 @@ __all__ = ["adopt"]
 
 _logger = logging.getLogger("sm_tiered")
 
-_OLDER = (CheckpointNotFoundError, CorruptPartError, FormatError)
-"""Why a step is passed over for the one before it."""
-
 
 def adopt(recipe: Recipe, *, step: int | None = None) -> bool:
     """Commit the newest complete checkpoint of the predecessor, or *step*, to a durable tier of *recipe*, verified.
 
-    Looked for in the recipe's own namespace, below each S3 tier and in the cluster's service. Not collective: one
-    process does it. Returns False where the predecessor never ended a save there.
+    Looked for in the recipe's own namespace, below each S3 tier and in the cluster's service. What may be of two saves
+    (`doubt_about`) is passed over, unless *step* is that one. Not collective: one process does it. Returns False where
+    the predecessor never ended a save there.
 
     Raises:
         TierUnavailableError: a place did not answer, so what is newest can't be told.
@@ -55,7 +45,7 @@ def adopt(recipe: Recipe, *, step: int | None = None) -> bool:
             return False
         refused: list[TieredError] = []
         for source, listed in chosen:
-            if _taken(source, listed, settings, target, refused):
+            if _taken(source, listed, settings, target, refused, asked=step is not None):
                 return True
         if not any(listed.finished for _, listed in chosen):
             return False
@@ -97,31 +87,43 @@ def _check_told(settings: Settings, silent: dict[str, TieredError], *, nothing: 
 def _target(settings: Settings) -> TierSettings:
     """The first tier that lasts; else the cluster's memory."""
     lasting = [tier for tier in settings.durable if not isinstance(tier, HyperPodSettings)]
-    for tier in (*lasting, *settings.durable):
-        return tier
-    raise ConfigError("the recipe has no durable tier to take a checkpoint over to", hint="Add one, e.g. kind: s3.")
+    return (*lasting, *settings.durable)[0]
 
 
 def _taken(
-    source: Source, listed: Listed, settings: Settings, target: TierSettings, refused: list[TieredError]
+    source: Source,
+    listed: Listed,
+    settings: Settings,
+    target: TierSettings,
+    refused: list[TieredError],
+    *,
+    asked: bool,
 ) -> bool:
-    where = printable(f"{source.title}, {listed.name}")
+    """Whether *listed* could be taken over; why not is added to *refused*. *asked*: for this very step."""
+    where, facts = printable(f"{source.title}, {listed.name}"), {"step": listed.step}
     with closing(open_tier(target, settings.namespace)) as tier:
         try:
+            if asked:
+                _warn_of_doubt(where, listed)
+            else:
+                check_undoubted(listed)
             found = import_step(source, listed, tier, namespace=settings.namespace, allow_pickle=settings.allow_pickle)
-        except _OLDER as error:
-            _logger.warning("%s is not taken over: %s", where, printable(error.message), extra={"step": listed.step})
+        except OLDER as error:
+            _logger.warning("%s is not taken over: %s", where, printable(error.message), extra=facts)
             refused.append(error)
             return False
-    doubt = doubt_about(listed)
-    if doubt is not None:
-        _logger.warning("%s: %s", where, doubt, extra={"step": listed.step})
     _logger.info(
         "took over %s, which amzn-sagemaker-checkpointing wrote on %d ranks: %d values are on %s, verified",
         where,
         found.world,
         found.tensors + found.values,
         target.name,
-        extra={"step": listed.step},
+        extra=facts,
     )
     return True
+
+
+def _warn_of_doubt(where: str, listed: Listed) -> None:
+    doubt = doubt_about(listed)
+    if doubt is not None:
+        _logger.warning("%s: %s", where, doubt, extra={"step": listed.step})

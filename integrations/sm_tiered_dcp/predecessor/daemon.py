@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import os
-import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any, TypeVar, cast
 
@@ -22,9 +20,11 @@ from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers.hyperpod_client import Body
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Slot
 from sm_tiered.tiers.hyperpod_shares import SHARE_MAGIC
+from sm_tiered.tiers.wrappers import retrying
 from sm_tiered_dcp.predecessor.layout import metadata_slot
 from sm_tiered_dcp.predecessor.shards import Shard
 from sm_tiered_dcp.predecessor.sources import MAX_METADATA_BYTES, Listed
+from sm_tiered_dcp.predecessor.temporary import using_temporary
 
 __all__ = ["DaemonSource"]
 
@@ -74,21 +74,25 @@ class DaemonSource:
         steps = [step for step in self._again(lambda: self._service.latest(namespace)) if step < MAX_STEP]
         found: list[Listed] = []
         for step in steps:
-            if not self._is_ours(step, namespace.ranks):
-                found.append(Listed(step=step, name=f"step {step}", finished=step in self._metadata_at))
+            is_ours, slot = self._whose(step, namespace.ranks)
+            if slot is not None:
+                self._metadata_at[step] = slot
+            if not is_ours:
+                found.append(Listed(step=step, name=f"step {step}", finished=slot is not None))
         return found
 
-    def _is_ours(self, step: int, slots: int) -> bool:
-        """Look for the metadata of *step*, whose save may have been of fewer ranks than the namespace's first one."""
+    def _whose(self, step: int, slots: int) -> tuple[bool, int | None]:
+        """Return whether *step* is ours, and the slot of its metadata: its save may have been of fewer ranks than the
+        namespace's first one.
+        """
         first = metadata_slot(slots)
         for slot in (first, *(rank for rank in reversed(range(slots)) if rank != first)):
             begins = self._begins(slot, step)
             if begins == _PICKLE:
-                self._metadata_at[step] = slot
-                return False
+                return False, slot
             if begins == _OURS:
-                return True
-        return False
+                return True, None
+        return False, None
 
     def _begins(self, slot: int, step: int) -> bytes:
         """The first byte of what stands in *slot*, or none."""
@@ -123,6 +127,32 @@ class DaemonSource:
         # One that was not announced is known when it was received.
         return sys.maxsize if body.size is None else body.size
 
+    def identity(self, step: Listed, ranks: Collection[int], *, again: bool = False) -> str:
+        """Return 32 hex digits that tell this save of *step* from any other: by the checksums that came with it.
+
+        What came without one is received for that.
+        """
+        del again  # nothing is remembered
+        found = xxhash.xxh3_128()
+        for rank in (self._metadata_at.get(step.step), *sorted(ranks)):
+            if rank is not None:
+                slot = self._slot(rank, step.step)
+                told = self._again(lambda slot=slot: self._told(slot))
+                found.update(f"{rank} {told}\n".encode())
+        return found.hexdigest()
+
+    def _told(self, slot: Slot) -> str:
+        try:
+            body = self._service.open(slot)
+            body.close()
+            if body.meta:
+                return f"{body.size} {body.meta}"
+            content = xxhash.xxh3_128()
+            self._receive(slot, content.update)
+        except KeyNotFoundError:
+            return "gone"
+        return content.hexdigest()
+
     def metadata(self, step: Listed) -> bytes:
         """Return the pickled metadata, whose checksum is right."""
         if step.step not in self._metadata_at:
@@ -142,14 +172,18 @@ class DaemonSource:
 
     @contextmanager
     def _received(self, slot: Slot) -> Generator[Shard, None, None]:
-        with tempfile.TemporaryFile() as file:
+        with ExitStack() as stack:
+            with using_temporary(str(slot), None):
+                file = stack.enter_context(tempfile.TemporaryFile())
 
             def receive() -> int:
                 file.seek(0)
                 file.truncate()
-                size = self._receive(slot, file.write)
-                file.flush()
-                return size
+                return self._receive(slot, keep)
+
+            def keep(piece: bytes) -> None:
+                file.write(piece)
+                file.flush()  # so that a disk that is full is met here
 
             size = self._again(receive)
             yield _FileShard(title=f"{self._settings.url}/{slot}", size=size, file=cast("IO[bytes]", file))
@@ -167,7 +201,8 @@ class DaemonSource:
                 if most is not None and size > most:
                     raise CorruptPartError(f"{slot} is longer than {most} bytes", tier=self._settings.name)
                 found.update(piece)
-                take(piece)
+                with using_temporary(str(slot), body.size):
+                    take(piece)
         finally:
             body.close()
         if body.size is not None and size != body.size:
@@ -200,19 +235,15 @@ class DaemonSource:
     def _again(self, work: Callable[[], _T]) -> _T:
         """Return what *work* returns; a service that does not answer is asked again, as often as its settings say.
 
-        What differs from its checksum is asked for once more.
+        What differs from its checksum is asked for once more: perhaps it is so only on its way here.
         """
-        end, damaged = time.monotonic() + self._settings.retry_deadline_secs, False
-        for tries in range(1, self._settings.retry_attempts + 2):
-            try:
-                return work()
-            except CorruptPartError:
-                if damaged:
-                    raise
-                damaged = True  # perhaps only on its way here
-            except TierUnavailableError:
-                wait = random.SystemRandom().uniform(0.0, min(5.0, 0.2 * 2**tries))
-                if tries >= self._settings.retry_attempts or time.monotonic() + wait > end:
-                    raise
-                time.sleep(wait)
-        raise AssertionError("there is at least one try")
+        silent = damaged = 0
+
+        def worth(error: BaseException) -> bool:
+            nonlocal silent, damaged
+            silent += isinstance(error, TierUnavailableError)
+            damaged += isinstance(error, CorruptPartError)
+            kinds = (TierUnavailableError, CorruptPartError)
+            return isinstance(error, kinds) and silent < self._settings.retry_attempts and damaged < 2
+
+        return retrying(self._settings.retry_deadline_secs, worth)(work)

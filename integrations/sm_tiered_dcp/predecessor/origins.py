@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from sm_tiered.errors import ConfigError
 from sm_tiered.layout import check_namespace
 from sm_tiered.policies.keep import Latest
-from sm_tiered.recipe_fields import check_bucket_uri
+from sm_tiered.recipe_fields import check_bucket_uri, check_service
 from sm_tiered.settings import HyperPodSettings, S3Settings, Settings
 from sm_tiered.tiers.s3 import S3Tier
 from sm_tiered.tiers.wrappers import RetryingTier
 from sm_tiered_dcp.predecessor.daemon import DaemonSource
+from sm_tiered_dcp.predecessor.outside import Outside
 from sm_tiered_dcp.predecessor.sources import Source, TierSource
 
 __all__ = ["open_daemon", "open_origin", "open_s3"]
@@ -29,19 +32,27 @@ def open_origin(origin: str, namespace: str, settings: Settings) -> Source:
     """
     check_namespace(namespace)
     if origin.lower().startswith("s3:"):
-        try:
+        with _naming_the_option():
             bucket, prefix = check_bucket_uri(origin)
-        except ConfigError as error:
-            raise ConfigError(f"--from: {error.message}", hint=error.hint) from error
-        return open_s3(_alike(settings, bucket), bucket, prefix, namespace)
+        return Outside(open_s3(_alike(settings, bucket), bucket, prefix, namespace))
     if origin.startswith(("http://", "https://")):
         known = next((tier for tier in settings.tiers if isinstance(tier, HyperPodSettings)), None)
         base = known or HyperPodSettings(name=_NAME, save=None, keep=Latest(1))
-        return open_daemon(replace(base, name=_NAME, url=origin.rstrip("/")), namespace)
+        with _naming_the_option():
+            url = check_service(origin)
+        return Outside(open_daemon(replace(base, name=_NAME, url=url), namespace))
     raise ConfigError(
         f"--from: {origin[:80]!r} is no place to import from",
         hint="Write its s3_tier_base_path, s3://bucket/prefix, or the address of the service, http://HOST:9200.",
     )
+
+
+@contextmanager
+def _naming_the_option() -> Generator[None, None, None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"--from: {error.message}", hint=error.hint) from error
 
 
 def open_s3(settings: S3Settings, bucket: str, prefix: str, namespace: str) -> Source:
@@ -50,7 +61,7 @@ def open_s3(settings: S3Settings, bucket: str, prefix: str, namespace: str) -> S
     The predecessor puts a slash behind its base path, also behind one that ends in a slash: both are looked into.
     """
     base = f"{prefix}/" if prefix else ""
-    there = replace(settings, name=_NAME, bucket=bucket, prefix=prefix)
+    there = replace(settings, bucket=bucket, prefix=prefix)
     tiers = [
         RetryingTier(
             S3Tier(there, namespace, root=f"{base}{slash}{namespace}/"),

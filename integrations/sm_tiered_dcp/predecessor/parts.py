@@ -14,6 +14,7 @@ from sm_tiered_dcp.copies import Piece, in_chunks
 from sm_tiered_dcp.dcp_parts import TensorEntry, TensorLayout, layout_tensors
 from sm_tiered_dcp.predecessor.metadata import StoredTensor, StoredValue
 from sm_tiered_dcp.predecessor.shards import Shard, read_tensors, read_values
+from sm_tiered_dcp.predecessor.temporary import using_temporary
 
 __all__ = ["TensorsFrom", "ValuesFrom", "lay_out", "take_values"]
 
@@ -68,10 +69,7 @@ class TensorsFrom:
     def write(self, buffer: memoryview, cache: dict[object, object]) -> None:
         """Fill *buffer*; nothing is kept in *cache*."""
         cache.clear()
-        at = 0
-        for chunk in self.chunks():
-            buffer[at : at + len(chunk)] = chunk
-            at += len(chunk)
+        _fill(buffer, self.chunks())
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the part in pieces of 8 MiB, through a buffer of that size; the shard is read again each time."""
@@ -105,10 +103,7 @@ class ValuesFrom:
     def write(self, buffer: memoryview, cache: dict[object, object]) -> None:
         """Fill *buffer*; nothing is kept in *cache*."""
         cache.clear()
-        at = 0
-        for chunk in self.chunks():
-            buffer[at : at + len(chunk)] = chunk
-            at += len(chunk)
+        _fill(buffer, self.chunks())
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the values, in pieces of up to 8 MiB."""
@@ -125,12 +120,20 @@ class ValuesFrom:
         self._file.close()
 
 
+def _fill(buffer: memoryview, chunks: Iterator[memoryview]) -> None:
+    at = 0
+    for chunk in chunks:
+        buffer[at : at + len(chunk)] = chunk
+        at += len(chunk)
+
+
 def take_values(
     name: str, shard: Shard, entries: Sequence[StoredValue], *, allow_pickle: bool, told: Callable[[int], None]
 ) -> AbstractContextManager[ValuesFrom]:
     """Read the values of *entries* out of *shard* into a part called *name*.
 
     Raises:
+        TierFullError: they don't fit into TMPDIR.
         CorruptPartError: one is damaged.
         MismatchError: one can only be loaded by a pickle, and *allow_pickle* is False.
         UnsafeValueError: one can't be stored by us.
@@ -138,15 +141,18 @@ def take_values(
     file = cast("IO[bytes]", tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES))  # noqa: SIM115 - the part has it
     items: list[Item] = []
     pickled: list[str] = []
-    at = 0
+    at, length = 0, sum(entry.span.length for entry in entries)
     try:
         for entry, value in zip(entries, read_values(shard, entries, allow_pickle=allow_pickle), strict=True):
-            file.write(value.data)
+            with using_temporary(f"the values in {shard.title}", length):
+                file.write(value.data)
             items.append(Item(fqn=entry.fqn, path=entry.path, part=name, offset=at, length=len(value.data)))
             at += len(value.data)
             if value.pickled:
                 pickled.append(entry.fqn)
             told(entry.span.length)
+        with using_temporary(f"the values in {shard.title}", length):
+            file.flush()
     except BaseException:
         file.close()
         raise

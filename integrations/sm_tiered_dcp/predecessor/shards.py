@@ -9,22 +9,25 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, Protocol, TypeVar, cast
 
 import torch
 
-from sm_tiered.errors import CorruptPartError, MismatchError, UnsafeValueError
+from sm_tiered.errors import CorruptPartError, MismatchError, SaveError, UnsafeValueError
 from sm_tiered_dcp.predecessor.metadata import Span, StoredTensor, StoredValue
 from sm_tiered_dcp.values import dump_value, load_stream
 from sm_tiered_dcp.zips import check_zip
 
-__all__ = ["Shard", "Value", "read_tensors", "read_values"]
+__all__ = ["Shard", "Value", "enough_memory", "read_tensors", "read_values"]
 
 _WINDOW_BYTES = 32 * 1024 * 1024
 """Neighbours are read together up to here; a stream that is longer is read alone."""
 _GAP_BYTES = 64 * 1024
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""What torch's allocator says, in a RuntimeError like any other."""
 
 _Entry = TypeVar("_Entry", StoredTensor, StoredValue)
 
@@ -57,21 +60,28 @@ def read_tensors(shard: Shard, entries: Sequence[StoredTensor]) -> Iterator[torc
     Needs memory for the longest stream twice, and 32 MiB.
 
     Raises:
+        SaveError: there is not so much.
         CorruptPartError: what is stored is damaged, or not what the metadata said.
         MismatchError: it is no plain tensor.
     """
     for entry, data in _streams(shard, entries):
         what = f"{entry.fqn} in {shard.title}"
-        _check_crc(data, what)
-        try:
-            found = torch.load(_file(data), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise MismatchError(
-                f"{what} is no plain tensor: only a pickle can load it", hint="Nothing of it was run."
-            ) from error
-        except Exception as error:
-            raise CorruptPartError(f"{what} is damaged: {type(error).__name__}: {str(error)[:120]}") from error
-        yield _checked(found, entry, what)
+        with enough_memory(what, len(data)):
+            tensor = _tensor(data, entry, what)
+        yield tensor
+
+
+def _tensor(data: memoryview, entry: StoredTensor, what: str) -> torch.Tensor:
+    _check_crc(data, what)
+    try:
+        found = torch.load(_file(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MismatchError(
+            f"{what} is no plain tensor: only a pickle can load it", hint="Nothing of it was run."
+        ) from error
+    except Exception as error:
+        raise CorruptPartError(f"{what} is damaged: {type(error).__name__}: {str(error)[:120]}") from error
+    return _checked(found, entry, what)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,27 +97,33 @@ def read_values(shard: Shard, entries: Sequence[StoredValue], *, allow_pickle: b
     """Yield what we store for each of *entries*, which are in the order of the shard.
 
     Raises:
+        SaveError: memory ran out.
         CorruptPartError: what is stored is damaged.
         MismatchError: a value can only be loaded by a pickle, and *allow_pickle* is False.
         UnsafeValueError: a value can't be stored by us.
     """
     for entry, data in _streams(shard, entries):
         what = f"{entry.fqn} in {shard.title}"
-        _check_crc(data, what)
-        try:
-            value = load_stream(_file(data), len(data), allow_pickle=False, what=what)
-        except MismatchError as error:
-            if not allow_pickle:
-                raise MismatchError(
-                    error.message, hint="If you trust who wrote it, add --allow-pickle (allow_pickle: true on the fly)."
-                ) from error
-            yield _unpickled(entry.fqn, data, what)
-            continue
-        yield Value(data=dump_value(entry.fqn, value, allow_pickle=False), pickled=False)
+        with enough_memory(what, len(data)):
+            value = _value(data, entry.fqn, what, allow_pickle=allow_pickle)
+        yield value
+
+
+def _value(data: memoryview, fqn: str, what: str, *, allow_pickle: bool) -> Value:
+    _check_crc(data, what)
+    try:
+        value = load_stream(_file(data), len(data), allow_pickle=False, what=what, checked=True)
+    except MismatchError as error:
+        if not allow_pickle:
+            raise MismatchError(
+                error.message, hint="If you trust who wrote it, add --allow-pickle (allow_pickle: true on the fly)."
+            ) from error
+        return _unpickled(fqn, data, what)
+    return Value(data=dump_value(fqn, value, allow_pickle=False), pickled=False)
 
 
 def _unpickled(fqn: str, data: memoryview, what: str) -> Value:
-    value = load_stream(_file(data), len(data), allow_pickle=True, what=what)
+    value = load_stream(_file(data), len(data), allow_pickle=True, what=what, checked=True)
     try:
         return Value(data=dump_value(fqn, value, allow_pickle=False), pickled=False)
     except UnsafeValueError:
@@ -120,7 +136,8 @@ def _streams(shard: Shard, entries: Iterable[_Entry]) -> Iterator[tuple[_Entry, 
         start, end = group[0].span.offset, group[-1].span.end
         if end > shard.size:
             raise CorruptPartError(f"{shard.title} has {shard.size} bytes, {group[-1].fqn} ends at {end}")
-        window = memoryview(bytearray(end - start))
+        with enough_memory(f"{group[0].fqn} in {shard.title}", end - start):
+            window = memoryview(bytearray(end - start))
         shard.read_into(start, window)
         for entry in group:
             yield entry, window[entry.span.offset - start : entry.span.end - start]
@@ -155,6 +172,25 @@ def _check_crc(data: memoryview, what: str) -> None:
         raise CorruptPartError(
             f"{what} is damaged: the checksum of {bad[:80]!r} is another one", hint="Import an older step."
         )
+
+
+@contextmanager
+def enough_memory(what: str, size: int) -> Generator[None, None, None]:
+    """Tell a machine that is too small from damage, which torch's own words don't.
+
+    Raises:
+        SaveError: memory ran out over *what*, of *size* stored bytes.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, CorruptPartError) as error:
+        cause = error.__cause__ if isinstance(error, CorruptPartError) else error
+        if not (isinstance(cause, MemoryError) or any(word in str(cause) for word in _NO_MEMORY)):
+            raise
+        raise SaveError(
+            f"{what}: there is not enough memory for its {size} bytes, twice",
+            hint="It is not damaged: import where there is more.",
+        ) from error
 
 
 def _checked(found: object, entry: StoredTensor, what: str) -> torch.Tensor:

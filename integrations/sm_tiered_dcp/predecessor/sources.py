@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+import xxhash
+
 from sm_tiered.errors import KeyNotFoundError, TierRefusedError
 from sm_tiered.tiers.base import Entry, Tier
 from sm_tiered_dcp.predecessor import layout
@@ -52,6 +54,14 @@ class Source(Protocol):
 
     def sizes(self, step: Listed, ranks: Collection[int]) -> Mapping[int, int]:
         """Return the size, in bytes, of each shard of *ranks* that is there."""
+        ...
+
+    def identity(self, step: Listed, ranks: Collection[int], *, again: bool = False) -> str:
+        """Return 32 hex digits that tell this save of *step*, by *ranks*, from any other.
+
+        They are others as soon as anything of it was written anew or deleted. *again*: nothing that was learnt before
+        is believed.
+        """
         ...
 
     def metadata(self, step: Listed) -> bytes:
@@ -157,6 +167,17 @@ class TierSource:
         files = self._files[step.name]
         return {rank: file.entry.size for (rank, kind), file in files.items() if kind == SHARD and rank in ranks}
 
+    def identity(self, step: Listed, ranks: Collection[int], *, again: bool = False) -> str:
+        """Return 32 hex digits that tell this save of *step* from any other: by sizes, times and versions of files."""
+        metadata = self._metadata_file(step.name)
+        wanted = [self._files[step.name].get((rank, SHARD)) for rank in sorted(ranks)]
+        found = xxhash.xxh3_128(self._title.encode())
+        for file in (metadata, *wanted):
+            entry = None if file is None else _asked_again(file) if again else file.entry
+            facts = ("gone",) if entry is None else (entry.key, entry.size, entry.modified_at, entry.version)
+            found.update(repr(facts).encode())
+        return found.hexdigest()
+
     def _metadata_file(self, name: str) -> _File | None:
         """Beside the shard of the rank that coordinated: that is rank 0, but for a save of some ranks only."""
         found = sorted(key for key in self._files[name] if key[1] == METADATA)
@@ -181,3 +202,7 @@ class TierSource:
         """Free the tiers' connections."""
         for tier in self._tiers:
             tier.close()
+
+
+def _asked_again(file: _File) -> Entry | None:
+    return next((entry for entry in file.tier.list(file.entry.key) if entry.key == file.entry.key), None)
