@@ -23,8 +23,9 @@ from sm_tiered.tiers.hyperpod_shares import SHARE_MAGIC
 from sm_tiered.tiers.wrappers import retrying
 from sm_tiered_dcp.predecessor.layout import metadata_slot
 from sm_tiered_dcp.predecessor.shards import Shard
-from sm_tiered_dcp.predecessor.sources import MAX_METADATA_BYTES, Listed
+from sm_tiered_dcp.predecessor.sources import Listed
 from sm_tiered_dcp.predecessor.temporary import using_temporary
+from sm_tiered_dcp.predecessor.unpickling import MAX_BYTES
 
 __all__ = ["DaemonSource"]
 
@@ -161,7 +162,7 @@ class DaemonSource:
 
         def receive() -> bytes:
             data = bytearray()
-            self._receive(slot, data.extend, most=MAX_METADATA_BYTES)
+            self._receive(slot, data.extend, most=MAX_BYTES)
             return bytes(data)
 
         return self._again(receive)

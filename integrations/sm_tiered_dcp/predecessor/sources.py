@@ -14,11 +14,9 @@ from sm_tiered.tiers.base import Entry, Tier
 from sm_tiered_dcp.predecessor import layout
 from sm_tiered_dcp.predecessor.layout import METADATA, SHARD
 from sm_tiered_dcp.predecessor.shards import Shard
+from sm_tiered_dcp.predecessor.unpickling import MAX_BYTES
 
-__all__ = ["MAX_METADATA_BYTES", "Listed", "Source", "TierSource"]
-
-MAX_METADATA_BYTES = 1024 * 1024 * 1024
-"""Longer metadata is refused unread."""
+__all__ = ["Listed", "Source", "TierSource"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +186,7 @@ class TierSource:
         file = self._metadata_file(step.name)
         if file is None:
             raise KeyNotFoundError(f"{self._title}: step {step.step} has no metadata")
-        return file.tier.get(file.entry.key, max_bytes=MAX_METADATA_BYTES).data
+        return file.tier.get(file.entry.key, max_bytes=MAX_BYTES).data
 
     def shard(self, step: Listed, rank: int) -> AbstractContextManager[Shard]:
         """Open the shard of *rank*; torch's own checksums are inside it."""
