@@ -8,7 +8,7 @@ one; what is read may stand in any. On the wire the attempt comes before the ste
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 from sm_tiered.errors import KeyNotFoundError, TierError, TierRefusedError, TierUnavailableError
@@ -51,24 +51,28 @@ class Chain:
     def __init__(self, service: HyperPodService, namespace: str, *, kept: int, holders: Holders) -> None:
         self._service, self._namespace, self._kept, self._holders = service, namespace, kept, holders
         self._members: tuple[Namespace, ...] | None = None
+        self._places: list[Namespace | None] = []
         self._large: dict[str, bool] = {}
         self._homes: dict[tuple[Attempt, int], Namespace] = {}
 
     def members(self, *, fresh: bool = False) -> tuple[Namespace, ...]:
         """Return the namespaces that are there; *fresh*: ask again."""
         if self._members is None or fresh:
-            self._members = tuple(self._ask())
+            # What others make takes the first name that is free: once some are known, that is where to look.
+            found = self._ask(len(self._places), 1) if self._members else self._ask(0, _ABSENT)
+            self._places = found[: max((place + 1 for place, one in enumerate(found) if one is not None), default=0)]
+            self._members = tuple(member for member in self._places if member is not None)
         return self._members
 
-    def _ask(self) -> Iterator[Namespace]:
-        asked, absent = 0, 0
-        while absent < _ABSENT and asked < _MOST_MEMBERS:
-            names = list(map(self._name, range(asked, min(_MOST_MEMBERS, asked + _ABSENT - absent))))
-            for member in each(self._service.describe, names, secs=self._service.call_secs):
-                absent = 0 if member is not None else absent + 1
-                if member is not None:
-                    yield member
-            asked += len(names)
+    def _ask(self, known: int, absent: int) -> list[Namespace | None]:
+        """Return what stands under the first *known* names, and on, until *absent* in a row are not there."""
+        found: list[Namespace | None] = []
+        more = known + absent
+        while more > 0 and len(found) < _MOST_MEMBERS:
+            names = list(map(self._name, range(len(found), min(_MOST_MEMBERS, len(found) + more))))
+            found += each(self._service.describe, names, secs=self._service.call_secs)
+            more = absent - next((n for n, one in enumerate(reversed(found)) if one is not None), len(found))
+        return found
 
     def forget(self) -> None:
         """Ask anew what is there: something has changed."""

@@ -67,11 +67,12 @@ class _Cursor:
 
     def rest(self) -> None:
         """Let go of the connection: others are read. One that is being read is left alone."""
-        if self._body is None or not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return
         try:
-            self._interrupted = self._interrupted or self._body is not None
-            self._leave()
+            if self._body is not None:
+                self._interrupted = True
+                self._leave()
         finally:
             self._lock.release()
 

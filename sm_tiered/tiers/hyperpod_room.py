@@ -38,15 +38,20 @@ class Room:
 
         Raises:
             TierFullError: all are taken by what must stay.
-            TierRefusedError: a newer attempt writes there.
+            TierRefusedError: a newer attempt writes there, and there is hardly room for that one.
         """
         wires = sorted(wire for wire in self._service.latest(home) if wire != slot.wire)
-        self._refuse_the_old(wires, slot, checkpoint)
-        if len(wires) < home.kept:
+        newest = max((wire // MAX_STEP for wire in wires if wire // MAX_STEP != PROBE_ORDINAL), default=0)
+        overtaken = slot.wire >= MAX_STEP and newest > checkpoint.attempt.ordinal
+        # Of two that write to one slot at once each may see the same free step, and the service drops the lowest.
+        needed = 2 if overtaken else 1
+        if len(wires) + needed <= home.kept:
             return
         slots = [Slot(namespace=home.name, rank=slot.rank, wire=wire) for wire in wires]
         looks = each(self._index.slots.look, slots, secs=self._index.slots.look_secs)
         held = [found for found in looks if found is not None]
+        if overtaken and len(held) + needed > home.kept:
+            raise self._too_late(newest, checkpoint, slot)
         for found in self._deletable(list(held), slot):
             if len(held) < home.kept:
                 return
@@ -61,17 +66,14 @@ class Room:
                 rank=slot.rank,
             )
 
-    def _refuse_the_old(self, wires: list[int], slot: Slot, checkpoint: CheckpointId) -> None:
-        """Of two that write to one slot at once, each may see room for one more, and the service drops the lowest."""
-        newest = max((wire // MAX_STEP for wire in wires if wire // MAX_STEP != PROBE_ORDINAL), default=0)
-        if slot.wire >= MAX_STEP and newest > checkpoint.attempt.ordinal:
-            raise TierRefusedError(
-                f"attempt {newest} of this run has begun: {checkpoint} is of an older one",
-                hint="Stop the job that goes on beside the newer one.",
-                step=checkpoint.step,
-                tier=self._settings.name,
-                rank=slot.rank,
-            )
+    def _too_late(self, newest: int, checkpoint: CheckpointId, slot: Slot) -> TierRefusedError:
+        return TierRefusedError(
+            f"attempt {newest} of this run has begun and needs the room: {checkpoint} is of an older one",
+            hint="Nothing is to be done, unless an older job goes on beside the newer one: stop it then.",
+            step=checkpoint.step,
+            tier=self._settings.name,
+            rank=slot.rank,
+        )
 
     def _deletable(self, held: list[Found], slot: Slot) -> Iterator[Found]:
         """Yield trials that were left behind, then what is of older checkpoints that were never whole, oldest first.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -12,11 +14,12 @@ from sm_tiered.errors import (
     FormatError,
     KeyNotFoundError,
 )
-from sm_tiered.inventory import list_checkpoints, read_holding, read_records
+from sm_tiered.inventory import list_attempts, list_checkpoints, read_holding, read_records
 from sm_tiered.records import CheckpointId
+from sm_tiered.sealed_json import dump, sealed
 from sm_tiered.testing.daemon import DaemonFault, StandInDaemon
 from sm_tiered.tiers.hyperpod import HyperPodTier
-from sm_tiered.tiers.hyperpod_shares import FIRST_BYTES, header_length
+from sm_tiered.tiers.hyperpod_shares import FIRST_BYTES, SHARE_MAGIC, header_length
 from tests.unit.hyperpod_sharing import (
     FIRST,
     MIB,
@@ -184,3 +187,21 @@ def test_retention_goes_on_beside_what_is_damaged(daemon: StandInDaemon, tier: H
     assert apply(one, "run", chosen) == [at(FIRST, 10)]
     assert list_checkpoints(one) == [at(FIRST, 20), at(FIRST, 30)]
     one.close()
+
+
+def test_a_header_that_holds_no_text_is_damage_and_nothing_worse(
+    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier
+) -> None:
+    """Sealed all the same: another program may have written it."""
+    save(tier, at(FIRST, 10), 1, 100)
+    stored = daemon.namespaces["run"].blobs[0][WIRE + 10]
+    length = header_length(bytes(stored.data[:FIRST_BYTES]))
+    header = bytes(stored.data[FIRST_BYTES : FIRST_BYTES + length])
+    fields = json.loads(header)
+    del fields["xxh3_128"]
+    spoiled = sealed(dump({**fields, "attempt": "\ud800"}))
+    stored.data[:] = SHARE_MAGIC + struct.pack(">Q", len(spoiled)) + spoiled + stored.data[FIRST_BYTES + length :]
+    stored.size = len(stored.data)
+    assert list_attempts(other) == []
+    (found,) = list_checkpoints(other)
+    assert is_damaged(other, found)

@@ -147,6 +147,35 @@ def test_a_forked_child_has_connections_of_its_own(tier: HyperPodTier) -> None:
     assert read(tier, HERE, NAME, SIZE - 100, 100) == whole[100:]
 
 
+@pytest.mark.parametrize("shares", [4, 5, 8])
+def test_shares_read_in_turn_are_each_asked_for_twice_at_most(daemon: StandInDaemon, shares: int) -> None:
+    """Only a few are received at once: what was left in the middle goes to a file when it is read again."""
+    writer, reader = bare(daemon.url), bare(daemon.url)
+    save(writer, HERE, shares, 6 * MIB)
+    for rank in range(shares):
+        read(reader, HERE, f"__{rank}_0.distcp", 1)
+    reader.close()
+    daemon.restart()
+    for offset in range(0, 6 * MIB, MIB):
+        for rank in range(shares):
+            assert (
+                read(reader, HERE, f"__{rank}_0.distcp", MIB, offset)
+                == data_of(10, rank, 0, 6 * MIB)[offset : offset + MIB]
+            )
+    opened = [request.path for request in daemon.requests if request.path.endswith("/10000000010")]
+    assert len(opened) <= (1 if shares <= 4 else 2) * shares
+    writer.close()
+    reader.close()
+
+
+def test_a_share_that_was_read_to_its_end_leaves_no_connection(tier: HyperPodTier) -> None:
+    read(tier, HERE, NAME, SIZE - 1)
+    (cursor,) = tier._reader._cursors.values()
+    assert cursor._body is not None
+    assert read(tier, HERE, NAME, 1, SIZE - 1) == data_of(10, 0, 0, SIZE)[-1:]
+    assert cursor._body is None
+
+
 def _grown(url: str, act: str) -> int:
     """Return how many KiB a child's memory grew by."""
     program = _PUT + _GROWN.format(act=act)

@@ -19,7 +19,7 @@ from sm_tiered.tiers.hyperpod_shares import (
     outgoing,
     parse_head,
 )
-from tests.unit.hyperpod_sharing import FIRST, MIB, at, attempt_record, data_of, pieces, share
+from tests.unit.hyperpod_sharing import FIRST, MIB, SECOND, at, attempt_record, data_of, pieces, share
 
 CHECKPOINT = at(FIRST, 7)
 SIZES = (9 * MIB + 7, 0, 100, 8 * MIB, 1)
@@ -119,6 +119,9 @@ def test_a_length_that_no_header_has_is_refused(first: bytes) -> None:
         ("parts", [{"name": "__1_0.distcp", "offset": 5, "size": 1}]),
         ("parts", {}),
         ("attempt", 5),
+        ("attempt", "{}"),
+        ("attempt", "\ud800"),
+        ("attempt", attempt_record(SECOND).decode()),
         ("sent_at", "now"),
         ("format", 2),
         ("kind", "record"),

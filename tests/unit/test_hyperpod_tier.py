@@ -13,7 +13,7 @@ from sm_tiered.errors import (
     KeyNotFoundError,
     TierRefusedError,
 )
-from sm_tiered.inventory import list_attempts, list_checkpoints, read_attempts, read_holding, read_records
+from sm_tiered.inventory import list_checkpoints, read_holding, read_records
 from sm_tiered.manifest import record_from_json
 from sm_tiered.testing.daemon import StandInDaemon
 from sm_tiered.tiers import Tier, open_tier
@@ -23,8 +23,6 @@ from sm_tiered.tiers.shares import ShareTier
 from tests.unit.hyperpod_sharing import (
     FIRST,
     MIB,
-    SECOND,
-    THIRD,
     at,
     attempt_record,
     bare,
@@ -261,92 +259,3 @@ def test_a_record_with_parts_is_refused_by_itself(tier: HyperPodTier) -> None:
     record = share(at(FIRST, 10), 0, 1, 100).record
     with pytest.raises(TierRefusedError, match="put_share"):
         tier.put_if_absent(layout.in_dir(at(FIRST, 10), layout.record_name(0)), record)
-
-
-# ---- attempts
-
-
-def test_the_record_of_an_attempt_waits_for_the_first_share(
-    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier
-) -> None:
-    """Before, there is no namespace, and nobody knows how many ranks it must take."""
-    key, data = layout.attempt_key(FIRST), attempt_record(FIRST)
-    tier.put_if_absent(key, data)
-    assert daemon.namespaces == {}
-    assert tier.get(key).data == data
-    assert list_attempts(tier) == [FIRST]
-    save(tier, at(FIRST, 10), 2, 100)
-    assert other.get(key).data == data
-    assert read_attempts(other)[0][FIRST].attempt == FIRST
-
-
-def test_where_there_is_a_namespace_an_attempt_is_told_at_once(tier: HyperPodTier, other: HyperPodTier) -> None:
-    save(tier, at(FIRST, 10), 2, 100)
-    parent = at(FIRST, 10)
-    tier.put_if_absent(layout.attempt_key(SECOND), attempt_record(SECOND, parent, chosen=True))
-    assert read_attempts(other)[0][SECOND].parent == parent
-    with pytest.raises(KeyExistsError):
-        other.put_if_absent(layout.attempt_key(SECOND), attempt_record(SECOND))
-    with pytest.raises(KeyExistsError):
-        tier.put_if_absent(layout.attempt_key(SECOND), attempt_record(SECOND))
-
-
-def test_an_attempts_record_also_stands_in_each_share(
-    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier
-) -> None:
-    save(tier, at(FIRST, 10), 2, 100)
-    other.put_if_absent(layout.attempt_key(SECOND), attempt_record(SECOND, at(FIRST, 10), chosen=True))
-    save(tier, at(SECOND, 5), 2, 100)  # another process than the one that wrote the record
-    del daemon.namespaces["run"].blobs[2][2 * WIRE]
-    third = bare(daemon.url)
-    assert read_attempts(third)[0][SECOND].chosen
-    third.close()
-
-
-def test_a_damaged_attempt_record_is_told_unless_a_share_has_it(
-    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier
-) -> None:
-    save(tier, at(FIRST, 10), 2, 100)
-    tier.put_if_absent(layout.attempt_key(SECOND), attempt_record(SECOND))
-    daemon.flip("run", 2, 2 * WIRE, 8 * 30)
-    good, damaged = read_attempts(other)
-    assert SECOND not in good
-    assert [attempt.ordinal for attempt in damaged] == [2]
-    save(tier, at(SECOND, 5), 2, 100)
-    assert read_attempts(other)[0][SECOND].attempt == SECOND
-    assert read_attempts(other)[1] == set()
-
-
-def test_an_attempt_is_forgotten_where_no_share_tells_of_it(tier: HyperPodTier, other: HyperPodTier) -> None:
-    save(tier, at(FIRST, 10), 2, 100)
-    for attempt in (SECOND, THIRD):
-        tier.put_if_absent(layout.attempt_key(attempt), attempt_record(attempt))
-    assert list_attempts(other) == [SECOND, THIRD]
-    tier.delete([layout.attempt_key(SECOND), layout.attempt_key(FIRST)])
-    assert list_attempts(tier) == list_attempts(other) == [THIRD]
-    save(tier, at(THIRD, 10), 2, 100)
-    with pytest.raises(TierRefusedError):
-        tier.delete([layout.attempt_key(THIRD), layout.in_dir(at(FIRST, 10), "manifest.json")])
-    assert list_attempts(other) == [THIRD]
-
-
-def test_of_two_attempts_of_one_ordinal_both_are_told(tier: HyperPodTier, other: HyperPodTier) -> None:
-    """Two launches at the same time: each has its own name."""
-    from dataclasses import replace
-
-    twin = replace(SECOND, nonce="99999999")
-    save(tier, at(FIRST, 1), 1, 10)
-    tier.put_if_absent(layout.attempt_key(SECOND), attempt_record(SECOND))
-    other.put_if_absent(layout.attempt_key(twin), attempt_record(twin))
-    save(tier, at(SECOND, 5), 1, 100)
-    save(other, at(twin, 6), 1, 100)
-    assert list_attempts(tier) == [SECOND, twin]
-    assert list_checkpoints(tier) == [at(FIRST, 1), at(SECOND, 5), at(twin, 6)]
-    assert read_holding(tier, at(SECOND, 5), durable=True).problem is None
-    assert read_holding(tier, at(twin, 6), durable=True).problem is None
-
-
-@pytest.mark.parametrize("attempt", [SECOND, THIRD])
-def test_the_record_of_another_attempt_is_refused(tier: HyperPodTier, attempt: object) -> None:
-    with pytest.raises(TierRefusedError, match="another attempt"):
-        tier.put_if_absent(layout.attempt_key(FIRST), attempt_record(attempt))  # type: ignore[arg-type]
