@@ -44,11 +44,9 @@ def try_commit(tier: Tier, checkpoint: CheckpointId, *, world: int, compose: Com
     Raises:
         RankFailedError: a record tells that its rank failed: this checkpoint will never be whole.
     """
-    standing = _standing(tier, checkpoint)
+    standing = _standing(tier, checkpoint, anew=lead)
     if standing is not None:
-        # Nobody writes a manifest there, so this is the commit: what was seen a while ago may be gone.
-        stands = not (lead and isinstance(tier, ShareTier)) or tier.confirm(checkpoint)
-        return standing if stands else Outcome.WAITING
+        return standing
     if not lead:
         return Outcome.WAITING
     records = read_records(tier, checkpoint)
@@ -56,10 +54,8 @@ def try_commit(tier: Tier, checkpoint: CheckpointId, *, world: int, compose: Com
         failed = record_from_json(data).failed
         if failed:
             raise RankFailedError(f"rank {rank} failed: {failed}", step=checkpoint.step, tier=tier.name, rank=rank)
-    if set(records) != set(range(world)):
+    if set(records) != set(range(world)) or isinstance(tier, ShareTier):
         return Outcome.WAITING
-    if isinstance(tier, ShareTier):
-        return Outcome.COMMITTED if tier.confirm(checkpoint) else Outcome.WAITING
     try:
         return _commit(tier, compose_manifest(records), compose(records))
     except KeyNotFoundError:
@@ -67,7 +63,10 @@ def try_commit(tier: Tier, checkpoint: CheckpointId, *, world: int, compose: Com
         return _standing(tier, checkpoint) or Outcome.WAITING
 
 
-def _standing(tier: Tier, checkpoint: CheckpointId) -> Outcome | None:
+def _standing(tier: Tier, checkpoint: CheckpointId, *, anew: bool = False) -> Outcome | None:
+    if anew and isinstance(tier, ShareTier):
+        # Nobody writes a manifest there, so this is the commit: what was seen a while ago may be gone.
+        return Outcome.COMMITTED if tier.confirm(checkpoint) else None
     manifest = read_manifest(tier, checkpoint)
     if manifest is None:
         return None
