@@ -53,6 +53,7 @@ class Engine:
     preemption: Preemption
     undo_logs: Undo
     users: int = 0
+    closed: bool = False
     state_saver: Any = None
     """The `StateSaver` of this engine, once there is one."""
 
@@ -94,8 +95,14 @@ class Engine:
     def close(self, *, patient: bool = True) -> None:
         """Let go; the last user's call closes everything, see `Saver.close`. Not collective."""
         self.users -= 1
-        if self.users > 0:
+        if self.users <= 0:
+            self.end(patient=patient)
+
+    def end(self, *, patient: bool = True) -> None:
+        """Close everything, whoever still uses it; can be called many times. Not collective."""
+        if self.closed:
             return
+        self.closed = True
         _engines.pop(_key(self.settings), None)
         self.preemption.remove()
         self.saver.close(patient=patient)

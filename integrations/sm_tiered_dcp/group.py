@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -77,11 +78,13 @@ class GlooGroup:
         self._asked(lambda store: store.delete_key(key))
 
     def close(self) -> None:
-        """Let go of both groups."""
-        if dist.is_initialized():
-            for group in (self._group, self.async_group):
-                dist.destroy_process_group(group)
-        self._group = self.async_group = None
+        """Let go of both groups; can be called many times."""
+        groups, self._group, self.async_group = (self._group, self.async_group), None, None
+        for group in groups:
+            # Without a group torch would destroy the training's; one that went with the job's own is unknown to it.
+            if group is not None and dist.is_initialized():
+                with suppress(ValueError):
+                    dist.destroy_process_group(group)
 
     def _run(self, action: Callable[[], _T]) -> _T:
         return self._typed(action, f"a collective of {self.world} ranks did not end")

@@ -23,9 +23,9 @@ from sm_tiered_dcp.compat import (
     SageMakerCheckpointConfig,
     SageMakerTieredStorageReader,
     SageMakerTieredStorageWriter,
+    load_guard,
     logs,
     session,
-    turns,
 )
 from sm_tiered_dcp.engine import _engines
 from tests.integrations.predecessor_made import NAMESPACE, made
@@ -38,6 +38,11 @@ pytestmark = [
 DOWN = Rule(kind="status", status=503)
 
 
+def slow_until(gate: threading.Event) -> Rule:
+    """An S3 that answers no write until *gate* is set."""
+    return Rule(kind="strip", match=("PUT ",), then=lambda: gate.wait(60))
+
+
 @pytest.fixture(autouse=True)
 def environment(memory_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Memory of this test's own, and no session left after it."""
@@ -46,14 +51,17 @@ def environment(memory_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(logs, "DIRECTORY", str(tmp_path / "log"))
     if not str(memory_dir).startswith("/dev/shm"):
         monkeypatch.setenv("SM_TIERED__TIERS__MEMORY__ALLOW_DISK", "true")
+    load_guard._guards.clear()
     yield
-    end_sessions()
+    end_sessions(forget=True)
 
 
-def end_sessions() -> None:
+def end_sessions(*, forget: bool = False) -> None:
     while session._sessions:
         session._sessions.popitem()[1].close()
     assert not _engines
+    if forget:  # as in another process
+        load_guard._guards.clear()
 
 
 def s3_config(settings: S3Settings, monkeypatch: pytest.MonkeyPatch, **given: Any) -> SageMakerCheckpointConfig:
@@ -266,8 +274,8 @@ def test_what_s3_refuses_is_told_by_the_next_future_with_what_to_do(
 def test_a_save_whose_turn_on_s3_did_not_come_is_made_up_for_at_the_end(
     s3_settings: S3Settings, s3_client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(turns, "_EXPECTED_SECS", 0.0)
-    with FaultProxy(s3_settings.endpoint_url or "", [DOWN]) as proxy:
+    gate = threading.Event()
+    with FaultProxy(s3_settings.endpoint_url or "", [slow_until(gate)]) as proxy:
         config = s3_config(s3_settings, monkeypatch, endpoint=proxy.url, save_to_s3=True)
         for step in (1, 2, 3):
             save(config, float(step), step=step)
@@ -276,7 +284,7 @@ def test_a_save_whose_turn_on_s3_did_not_come_is_made_up_for_at_the_end(
         assert writer.handle is not None
         assert writer.handle.tiers == ("memory",)
         assert "step 2: not promoted to s3: step 3 takes its place" in caplog.text
-        proxy.rules = []
+        gate.set()
         session._finish_all()
         assert "step 3: not promoted to s3: step 4 takes its place" in caplog.text
         assert on_s3(s3_settings, s3_client) == [1, 4]
@@ -286,13 +294,13 @@ def test_a_save_whose_turn_on_s3_did_not_come_is_made_up_for_at_the_end(
 def test_the_save_after_it_takes_the_place_of_one_whose_turn_on_s3_did_not_come(
     s3_settings: S3Settings, s3_client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(turns, "_EXPECTED_SECS", 0.0)
-    with FaultProxy(s3_settings.endpoint_url or "", [DOWN]) as proxy:
+    gate = threading.Event()
+    with FaultProxy(s3_settings.endpoint_url or "", [slow_until(gate)]) as proxy:
         config = s3_config(s3_settings, monkeypatch, endpoint=proxy.url, save_to_s3=True)
         first = save(config, 1.0, step=1)
         save(config, 2.0, step=2)
         config.save_to_s3 = False
-        proxy.rules = []
+        gate.set()
         assert first.handle is not None
         first.handle.wait("s3")
         save(config, 3.0, step=3)

@@ -16,7 +16,12 @@ import torch
 
 from sm_tiered.errors import ConfigError
 from sm_tiered.settings import HYPERPOD_URL
-from sm_tiered_dcp.compat import SageMakerCheckpointConfig, SageMakerTieredStorageReader, SageMakerTieredStorageWriter
+from sm_tiered_dcp.compat import (
+    SageMakerCheckpointConfig,
+    SageMakerTieredStorageReader,
+    SageMakerTieredStorageWriter,
+    cluster,
+)
 from sm_tiered_dcp.compat.cluster import find_service
 from sm_tiered_dcp.compat.recipe import recipe_of
 from sm_tiered_dcp.compat.steps import step_of_save
@@ -174,7 +179,7 @@ def test_what_is_no_config_and_what_does_not_fit_the_job_is_refused() -> None:
         with pytest.raises(ConfigError, match="must be a SageMakerCheckpointConfig, got a mapping"):
             make({"namespace": "x"})
         with pytest.raises(ConfigError, match=r"world_size=2 but there is no process group.*Count processes"):
-            make(SageMakerCheckpointConfig("run-1", 2))
+            make(SageMakerCheckpointConfig("run-of-2", 2))
 
 
 def test_the_recipe_has_the_tiers_that_are_wanted_and_the_environment_goes_over_it(
@@ -213,6 +218,12 @@ def test_the_service_is_looked_for_by_name_and_one_that_is_not_there_is_said(
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
     monkeypatch.setattr(socket, "getaddrinfo", fails(socket.EAI_AGAIN))
     assert find_service(pod) == HYPERPOD_URL, "it may be there, and hold the newest checkpoint"
+    assert not caplog.messages
+    monkeypatch.setattr(cluster, "_PATIENCE_SECS", 0.2)
+    monkeypatch.setattr(cluster, "_POLL_SECS", 0.02)
+    answers = iter([socket.EAI_NONAME, socket.EAI_NONAME, socket.EAI_AGAIN])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: fails(next(answers))())
+    assert find_service(pod) == HYPERPOD_URL, "its pods may start together with this one"
     assert not caplog.messages
     monkeypatch.setattr(socket, "getaddrinfo", fails(socket.EAI_NONAME))
     assert find_service(pod) is None

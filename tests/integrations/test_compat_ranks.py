@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,96 @@ def test_a_rank_that_can_not_save_ends_no_training_and_all_futures_tell_of_it(tm
         assert (first, third) == (None, None)
         assert second is not None
         assert "value: function can't be stored" in second
+
+
+def told(call: Callable[[], object]) -> str:
+    """Return what *call* raises; DCP's own error is no Exception."""
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        call()
+    return str(caught.value)
+
+
+def differ(rank: int, log: str) -> list[str]:
+    from torch.distributed import checkpoint as dcp
+
+    from sm_tiered_dcp.compat import SageMakerTieredStorageReader, SageMakerTieredStorageWriter, session
+
+    which = config(log)
+    found = [str(save(which, {"w": torch.full((4,), 1.0)}, 1))]
+    writer = SageMakerTieredStorageWriter(which, step=2)
+    which.save_to_s3 = rank == 1  # and there is no S3
+    future: Any = dcp.async_save({"w": torch.full((4,), 2.0)}, storage_writer=writer)
+    found.append(str(future.exception()))
+    found.append(told(lambda: dcp.save({"w": torch.full((4,), 2.0)}, storage_writer=writer)))
+    which.save_to_s3 = False
+    if rank == 1:
+        found.append(told(lambda: SageMakerTieredStorageReader(which, step="1")))  # type: ignore[arg-type]
+    else:
+        SageMakerTieredStorageReader(which, step=1)
+    found.append(told(lambda: SageMakerTieredStorageWriter(which, step=3)))
+    assert load(which, {"w": torch.zeros(4)}) == 1
+    found.append(str(save(which, {"w": torch.full((4,), 3.0)}, 3)))
+    held = session._sessions.popitem()[1]
+    group = held.engine.group
+    held.close()
+    writer.close()  # long after its engine: nobody's groups are closed but ours
+    group.close()
+    value = torch.ones(1)
+    torch.distributed.all_reduce(value)
+    assert value.item() == 2
+    assert load(which, {"w": torch.zeros(4)}) == 3
+    return found
+
+
+def test_what_one_rank_alone_is_told_wrongly_is_told_to_all_and_holds_up_none(tmp_path: Path, memory_dir: Path) -> None:
+    found = dcp_jobs.run(2, differ, str(tmp_path / "log"), env=environment(memory_dir, tmp_path))
+    del found[1][3]
+    for saved, later, sync, refused, again in found:
+        assert (saved, again) == ("None", "None")
+        assert "there was no s3_tier_base_path when this writer was made" in later
+        assert "there was no s3_tier_base_path when this writer was made" in sync
+        assert "step must be an int, got str '1'" in refused
+        assert "repeat the load" in refused
+
+
+def is_sharded(rank: int, log: str) -> list[str]:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from sm_tiered_dcp.compat import SageMakerTieredStorageReader
+
+    which, mesh = config(log), init_device_mesh("cpu", (2,))
+    moment = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
+    groups = [{"params": [0]}]
+    assert save(which, {"optimizer": {"state": {0: {"m": moment}}, "param_groups": groups}}, 1) is None
+    target = {"optimizer": {"state": {}, "param_groups": groups}}
+    reader = SageMakerTieredStorageReader(which)
+    return [told(lambda: dcp.load(target, storage_reader=reader))]
+
+
+def test_a_fresh_optimizer_for_which_shards_are_stored_is_refused(tmp_path: Path, memory_dir: Path) -> None:
+    for (text,) in dcp_jobs.run(2, is_sharded, str(tmp_path / "log"), env=environment(memory_dir, tmp_path)):
+        assert "optimizer: the state is empty, and optimizer.state.0.m is stored in shards" in text
+
+
+def uses_a_process(rank: int, log: str) -> str:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+    from sm_tiered_dcp.compat import SageMakerTieredStorageWriter
+
+    which = config(log)
+    writer = SageMakerTieredStorageWriter(which, step=1)
+    kind = AsyncCheckpointerType.PROCESS
+    future: Any = dcp.async_save({"w": torch.ones(4)}, storage_writer=writer, async_checkpointer_type=kind)
+    return str(future.exception())
+
+
+@pytest.mark.long
+def test_dcps_own_process_is_refused_by_the_future(tmp_path: Path, memory_dir: Path) -> None:
+    for text in dcp_jobs.run(1, uses_a_process, str(tmp_path / "log"), env=environment(memory_dir, tmp_path)):
+        assert "AsyncCheckpointerType.THREAD" in text
 
 
 def saves_to_s3(rank: int, log: str, base: str) -> list[tuple[str, ...]]:

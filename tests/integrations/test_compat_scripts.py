@@ -77,7 +77,7 @@ def test_the_quick_start_runs_to_its_end_and_loads_what_it_saved(
     assert loaded == ([990, 500] if 500 in steps else [990])
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_distributed_example_is_killed_and_goes_on_with_the_very_state_that_it_saved(
     world: int, start: Start, namespace: str, memory_dir: Path
 ) -> None:
@@ -98,10 +98,11 @@ def test_the_distributed_example_is_killed_and_goes_on_with_the_very_state_that_
         assert [line["step"] for line in second.lines("saved", rank)][0] == (loaded["step"] // 10 + 1) * 10
 
 
+@pytest.mark.long
 def test_the_distributed_example_goes_on_from_s3_when_the_memory_is_gone(
     start: Start, namespace: str, memory_dir: Path, s3_client: S3Client
 ) -> None:
-    with start("distributed_example", 2) as first:
+    with start("distributed_example", 2, SAVE_SECS="0.3") as first:
         first.until("S3 has step 50", lambda: max(on_s3(s3_client, "distributed_example", namespace), default=0) >= 50)
         first.kill()
     shutil.rmtree(memory_dir / namespace)

@@ -13,7 +13,7 @@ from sm_tiered.errors import ConfigError
 from sm_tiered.layout import MAX_WORLD, check_namespace
 from sm_tiered.recipe_fields import check_bucket_uri, closest, shown
 
-__all__ = ["SageMakerCheckpointConfig", "check_config", "check_world"]
+__all__ = ["SageMakerCheckpointConfig", "check_config", "check_kind", "check_world"]
 
 dist: Any = torch.distributed  # its functions are only partly typed
 
@@ -27,7 +27,8 @@ class SageMakerCheckpointConfig:
     """The predecessor's parameters. Fields may be set at any time, ``save_to_s3`` between saves most of all.
 
     ``save_to_s3`` counts as it is when ``dcp.save`` or ``dcp.async_save`` is called: what is set later is for later
-    saves. A value that can't be used raises ConfigError where it is set.
+    saves. A value that can't be used raises ConfigError where it is set; that ``save_to_s3`` has no path, which may
+    be set after it, only where a writer is made.
     """
 
     namespace: str
@@ -83,10 +84,20 @@ def check_config(config: object) -> SageMakerCheckpointConfig:
     Raises:
         ConfigError: otherwise.
     """
+    checked = check_kind(config)
+    check_world(checked.world_size, of_now=True)
+    return checked
+
+
+def check_kind(config: object) -> SageMakerCheckpointConfig:
+    """Return *config* when it is one.
+
+    Raises:
+        ConfigError: otherwise.
+    """
     if not isinstance(config, SageMakerCheckpointConfig):
         hint = "Pass sm_tiered_dcp.compat.SageMakerCheckpointConfig(namespace=…, world_size=…)."
         raise ConfigError(f"checkpoint_config must be a SageMakerCheckpointConfig, got {shown(config)}", hint=hint)
-    check_world(config.world_size, of_now=True)
     return config
 
 

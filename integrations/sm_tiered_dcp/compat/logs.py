@@ -16,7 +16,7 @@ from sm_tiered.log_lines import LineFormatter
 from sm_tiered.logs import Undo, to_console
 from sm_tiered.settings import LogSettings
 
-__all__ = ["DIRECTORY", "begin_logs"]
+__all__ = ["DIRECTORY", "Logs"]
 
 DIRECTORY = "/var/log/sagemaker_checkpointing"
 """Where the predecessor's log files stand, ``<namespace>_checkpointing.log`` each."""
@@ -26,50 +26,100 @@ _DEFAULTS = LogSettings()
 _logger = logging.getLogger("sm_tiered_dcp")
 
 
-def begin_logs(*, namespace: str, rank: int, logger: logging.Logger | None, first: bool) -> Undo:
-    """Send the lines of *namespace* where they belong; return what undoes it.
+class Logs:
+    """The lines of one namespace: to its file, and to the console or the user's logger."""
 
-    *logger*: the user's, instead of the console. *first*: of this node's ranks: the one that rotates the file and
-    tells where it is.
-    """
-    undos: list[Undo] = []
-    if logger is None:
-        undos.append(to_console("INFO", namespace=namespace, rank=rank))
-    else:
-        undos.append(_attached(_Forward(logger)))
-    file = _opened(namespace, rotates=first)
-    if file is not None:
-        file.setFormatter(LineFormatter(namespace=namespace, rank=rank))
-        file.addFilter(lambda record: getattr(record, "namespace", namespace) == namespace)
-        undos.append(_attached(file))
-        if first:
-            _logger.info("log file: %s", plain(file.baseFilename), extra={"namespace": namespace, "rank": rank})
+    def __init__(self, *, namespace: str, rank: int, logger: logging.Logger | None, first: bool) -> None:
+        """Open both.
 
-    def undo_all() -> None:
-        while undos:
-            undos.pop()()
+        Args:
+            namespace: whose lines.
+            rank: of the process.
+            logger: the user's, instead of the console.
+            first: of this node's ranks: the one that rotates the file and tells where it is.
+        """
+        self._namespace, self._rank = namespace, rank
+        self._theirs = logger
+        self._undo_lines = self._lines()
+        self._undo_file: Undo | None = None
+        file = _opened(namespace, rotates=first)
+        if file is not None:
+            file.setFormatter(LineFormatter(namespace=namespace, rank=rank))
+            file.addFilter(lambda record: getattr(record, "namespace", namespace) == namespace)
+            self._undo_file = _attached.add(file, lambda: file)
+            if first:
+                _logger.info("log file: %s", plain(file.baseFilename), extra={"namespace": namespace, "rank": rank})
 
-    return undo_all
+    def use(self, logger: logging.Logger | None) -> None:
+        """Send the lines to *logger* from now on, None: to the console."""
+        if logger is not self._theirs:
+            before, self._theirs = self._undo_lines, logger
+            self._undo_lines = self._lines()
+            before()
+
+    def _lines(self) -> Undo:
+        theirs = self._theirs
+        if theirs is None:
+            return to_console("INFO", namespace=self._namespace, rank=self._rank)
+        return _attached.add(theirs, lambda: _Forward(theirs))
+
+    def close(self) -> None:
+        """Undo both; can be called many times."""
+        self._undo_lines()
+        if self._undo_file is not None:
+            self._undo_file()
 
 
-def _attached(handler: logging.Handler) -> Undo:
-    handler.setLevel(logging.INFO)
-    before = {name: logging.getLogger(name).level for name in _LOGGERS}
-    for name in _LOGGERS:
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        if logger.getEffectiveLevel() > logging.INFO:
-            logger.setLevel(logging.INFO)
+class _Attached:
+    """Handlers of our loggers: each is there once, however many namespaces want it."""
 
-    def undo() -> None:
+    def __init__(self) -> None:
+        self._open: dict[object, tuple[logging.Handler, list[object]]] = {}
+        self._levels: dict[str, int] = {}
+
+    def add(self, key: object, make: Callable[[], logging.Handler]) -> Undo:
+        """Attach what *make* returns, unless *key* is there; return what undoes it, which can be called many times."""
+        if not self._open:
+            self._raise_levels()
+        if key not in self._open:
+            handler = make()
+            handler.setLevel(logging.INFO)
+            self._open[key] = handler, []
+            for name in _LOGGERS:
+                logging.getLogger(name).addHandler(handler)
+        wish = object()
+        self._open[key][1].append(wish)
+        return lambda: self._undo(key, wish)
+
+    def _undo(self, key: object, wish: object) -> None:
+        if key not in self._open or wish not in self._open[key][1]:
+            return
+        handler, wishes = self._open[key]
+        wishes.remove(wish)
+        if wishes:
+            return
+        del self._open[key]
+        for name in _LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()
+        if not self._open:
+            self._restore_levels()
+
+    def _raise_levels(self) -> None:
         for name in _LOGGERS:
             logger = logging.getLogger(name)
-            logger.removeHandler(handler)
-            if logger.level == logging.INFO:
-                logger.setLevel(before[name])
-        handler.close()
+            if logger.getEffectiveLevel() > logging.INFO:
+                self._levels[name] = logger.level
+                logger.setLevel(logging.INFO)
 
-    return undo
+    def _restore_levels(self) -> None:
+        while self._levels:
+            name, level = self._levels.popitem()
+            if logging.getLogger(name).level == logging.INFO:
+                logging.getLogger(name).setLevel(level)
+
+
+_attached = _Attached()
 
 
 class _Forward(logging.Handler):
@@ -83,7 +133,9 @@ class _Forward(logging.Handler):
         if not self._theirs.isEnabledFor(record.levelno) or not self._theirs.filter(record):
             return
         ours = _handlers(logging.getLogger(record.name))
-        for handler in _handlers(self._theirs):
+        # As `logging` does with the lines of a logger that has no handler: warnings are not lost.
+        last = [logging.lastResort] if logging.lastResort is not None else []
+        for handler in _handlers(self._theirs) or last:
             if handler not in ours and record.levelno >= handler.level:
                 handler.handle(record)
 

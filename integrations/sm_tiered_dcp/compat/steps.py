@@ -1,4 +1,4 @@
-"""The step of a save: named outright, or taken from a path as the predecessor's users write it."""
+"""The step of a save or a load: named outright, or taken from a path as the predecessor's users write it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sm_tiered.errors import ConfigError
 from sm_tiered.layout import check_step
 from sm_tiered.recipe_fields import shown
 
-__all__ = ["NOT_GIVEN", "step_in", "step_of_save"]
+__all__ = ["NOT_GIVEN", "step_in", "step_of_load", "step_of_save"]
 
 NOT_GIVEN = -1
 """The predecessor's default for a step."""
@@ -31,6 +31,26 @@ def step_in(path: object) -> int | None:
     if len(set(found)) > 1:
         raise ConfigError(f"path {shown(text)} names several steps: {found}", hint="Pass step=.")
     return found[0] if found else None
+
+
+def step_of_load(checkpoint_id: object, step: int | None) -> int | None:
+    """Return the step that DCP's *checkpoint_id* names: an int, or as in a path. None: it is left to *step*.
+
+    Raises:
+        ConfigError: it names none, and there is no *step*: the newest, in its place, is what nobody asked for.
+    """
+    if checkpoint_id is None:
+        return None
+    if isinstance(checkpoint_id, int):
+        return check_step(checkpoint_id)
+    found = step_in(checkpoint_id)
+    if found is None and step is None:
+        raise ConfigError(
+            f"checkpoint_id {shown(checkpoint_id)} names no step",
+            hint="Leave it out for the newest; for one step, write checkpoint_id='step_500', or pass step= to the "
+            "reader.",
+        )
+    return found
 
 
 def step_of_save(path: object, step: object) -> int:
