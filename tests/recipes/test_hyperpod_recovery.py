@@ -94,7 +94,9 @@ def test_a_node_is_lost_and_the_newest_tenth_step_is_in_the_clusters_memory(
             let_drain(fourth, env)
             fourth.reach(max(fourth.losses()) + 10)
         fourth.kill()
-    assert fourth.restored() == (expected, "s3")
+    step, tier = fourth.restored()
+    assert tier == "s3"
+    assert step >= expected, "the drainer of the lost node may have brought one more there"
 
 
 def test_the_service_goes_away_and_training_does_not_notice_but_it_is_said(

@@ -315,5 +315,5 @@ def test_what_can_not_be_queued_for_one_tier_takes_back_nothing_of_another(clust
             patch.object(Queue, "put", side_effect=TierFullError("no space", tier="memory")),
             pytest.raises(TierFullError),
         ):
-            engine.saver._promotions.enqueue(queued.checkpoint, ["other"])
+            engine.saver._promotions.enqueue(queued.checkpoint, ["memory"])
         assert cluster.waiting(0) == [queued]
