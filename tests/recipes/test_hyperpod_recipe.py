@@ -200,7 +200,7 @@ def test_the_recipe_runs_in_such_a_pod_and_asks_s3_for_no_more_than_the_policy_a
         env = {**given, **cluster, "AWS_ENDPOINT_URL": proxy.url, "CHECKPOINT_MEMORY": str(volume / "sm_tiered-0")}
         with launched(tmp_path, "hyperpod/recipe.yaml", "--steps=12", env=env) as first:
             assert first.end() == [0, 0], first.text
-        saved = s3_steps(s3_client, given["CHECKPOINTS"])
+        saved = s3_steps(s3_client, f"{given['CHECKPOINTS']}/{given['TRAINING_JOB_NAME']}")
         with launched(tmp_path, "hyperpod/recipe.yaml", "--steps=1000000", env=env) as second:
             second.reach(20)
             second.kill()
