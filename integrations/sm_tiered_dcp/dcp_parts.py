@@ -19,7 +19,7 @@ from sm_tiered_dcp.copies import Piece, copy_tensors, in_chunks, kept_views
 from sm_tiered_dcp.payload import ALIGNMENT, Skeleton, skeleton
 from sm_tiered_dcp.tensor_reads import dtype_name
 
-__all__ = ["BytesPart", "TensorEntry", "TensorLayout", "TensorPart", "ValueEntry", "layout_tensors"]
+__all__ = ["BytesPart", "LaidOut", "TensorEntry", "TensorLayout", "TensorPart", "ValueEntry", "layout_tensors"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,13 +147,10 @@ def _item(part: str, entry: TensorEntry, offset: int, payload: int, found: Skele
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TensorPart:
-    """Live tensors, about to be saved where *layout* says. A `sm_tiered.parts.PartSource`."""
+class LaidOut:
+    """A part whose tensors go where *layout* says."""
 
     layout: TensorLayout
-    tensors: tuple[torch.Tensor, ...] = field(repr=False)
-    devices: frozenset[torch.device]
-    """Those of the tensors, the CPU apart."""
 
     @property
     def name(self) -> str:
@@ -169,6 +166,15 @@ class TensorPart:
     def table(self) -> ItemTable:
         """The items that it holds."""
         return self.layout.table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TensorPart(LaidOut):
+    """Live tensors, about to be saved. A `sm_tiered.parts.PartSource`."""
+
+    tensors: tuple[torch.Tensor, ...] = field(repr=False)
+    devices: frozenset[torch.device]
+    """Those of the tensors, the CPU apart."""
 
     @property
     def replica(self) -> bool:

@@ -6,16 +6,22 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle
 
 from sm_tiered import checksum, layout
+from sm_tiered.inventory import read_holding
 from sm_tiered.manifest import attempt_record_to_json, compose_manifest, manifest_to_json, record_to_json
 from sm_tiered.policies.keep import Latest
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Part, Record
 from sm_tiered.settings import HyperPodSettings
 from sm_tiered.testing.contract import payload
+from sm_tiered.testing.daemon_memory import StoredBlob, shard_meta
 from sm_tiered.tiers.base import Chunks
 from sm_tiered.tiers.hyperpod import HyperPodTier
 from sm_tiered.tiers.shares import Share, ShareTier
 
 MIB = 1024 * 1024
+WIRE = 10**10
+"""An attempt on the wire."""
+KEPT = 5
+"""`Latest(2)` and three more."""
 FIRST = Attempt(ordinal=1, utc_secs=1_700_000_000, nonce="0123abcd")
 SECOND = Attempt(ordinal=2, utc_secs=1_700_000_100, nonce="89abcdef")
 THIRD = Attempt(ordinal=3, utc_secs=1_700_000_200, nonce="fedc0000")
@@ -117,3 +123,13 @@ def read(tier: ShareTier, checkpoint: CheckpointId, name: str, size: int, offset
     buffer = bytearray(size)
     tier.read_into(layout.in_dir(checkpoint, name), offset, memoryview(buffer))
     return bytes(buffer)
+
+
+def whole(tier: HyperPodTier, checkpoint: CheckpointId) -> bool:
+    """Whether *checkpoint* is committed and complete."""
+    return read_holding(tier, checkpoint, durable=True).problem is None
+
+
+def foreign(data: bytes = b"\x80\x04another program's") -> StoredBlob:
+    """Return a blob that is no share of ours."""
+    return StoredBlob(data=bytearray(data), size=len(data), meta=shard_meta(data))

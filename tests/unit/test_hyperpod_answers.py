@@ -23,15 +23,7 @@ from sm_tiered.errors import (
 from sm_tiered.inventory import read_holding
 from sm_tiered.testing.daemon import DaemonFault, StandInDaemon
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Slot
-from tests.unit.hyperpod_sharing import FIRST, at, bare, data_of, read, save, settings, share
-
-WIRE = 10**10
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
+from tests.unit.hyperpod_sharing import FIRST, WIRE, at, bare, data_of, read, save, settings, share
 
 
 @pytest.fixture

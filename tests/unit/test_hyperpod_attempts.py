@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from sm_tiered import layout, lineage
@@ -12,38 +10,7 @@ from sm_tiered.inventory import list_attempts, list_checkpoints, read_attempts, 
 from sm_tiered.records import Attempt, CheckpointId
 from sm_tiered.testing.daemon import SMALL_STEPS, DaemonFault, StandInDaemon
 from sm_tiered.tiers.hyperpod import HyperPodTier
-from tests.unit.hyperpod_sharing import FIRST, SECOND, THIRD, at, attempt_record, bare, save
-
-WIRE = 10**10
-KEPT = 5
-"""`Latest(2)` and three more."""
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def small(daemon: StandInDaemon) -> StandInDaemon:
-    daemon.memory.max_step = SMALL_STEPS
-    return daemon
-
-
-@pytest.fixture
-def tier(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
-
-
-@pytest.fixture
-def other(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    """A tier of another process: it remembers nothing of what this one wrote."""
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
+from tests.unit.hyperpod_sharing import FIRST, KEPT, SECOND, THIRD, WIRE, at, attempt_record, bare, save
 
 
 def nth(ordinal: int) -> Attempt:

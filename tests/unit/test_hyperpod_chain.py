@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from sm_tiered import layout
 from sm_tiered.errors import TierRefusedError, TierUnavailableError
-from sm_tiered.inventory import list_checkpoints, read_attempts, read_holding
+from sm_tiered.inventory import list_checkpoints, read_attempts
 from sm_tiered.manifest import attempt_record_to_json
 from sm_tiered.policies.keep import Latest
-from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
-from sm_tiered.testing.daemon import SMALL_STEPS, DaemonFault, StandInDaemon, StoredNamespace, shard_meta
-from sm_tiered.testing.daemon_memory import StoredBlob
+from sm_tiered.records import Attempt, AttemptRecord
+from sm_tiered.testing.daemon import DaemonFault, StandInDaemon, StoredNamespace
 from sm_tiered.tiers import hyperpod_chain
 from sm_tiered.tiers.hyperpod import HyperPodTier
 from sm_tiered.tiers.hyperpod_client import Body
-from tests.unit.hyperpod_sharing import FIRST, SECOND, at, attempt_record, bare, data_of, read, save, share
-
-WIRE = 10**10
-KEPT = 5
-"""`Latest(2)` and three more."""
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def small(daemon: StandInDaemon) -> StandInDaemon:
-    daemon.memory.max_step = SMALL_STEPS
-    return daemon
-
-
-@pytest.fixture
-def tier(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
-
-
-def whole(tier: HyperPodTier, checkpoint: CheckpointId) -> bool:
-    return read_holding(tier, checkpoint, durable=True).problem is None
-
-
-def foreign(data: bytes = b"\x80\x04another program's") -> StoredBlob:
-    return StoredBlob(data=bytearray(data), size=len(data), meta=shard_meta(data))
+from tests.unit.hyperpod_sharing import (
+    FIRST,
+    KEPT,
+    SECOND,
+    WIRE,
+    at,
+    attempt_record,
+    bare,
+    data_of,
+    foreign,
+    read,
+    save,
+    share,
+    whole,
+)
 
 
 def nth(ordinal: int) -> Attempt:

@@ -16,14 +16,6 @@ from sm_tiered.tiers.hyperpod import HyperPodTier
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
 from tests.unit.hyperpod_sharing import FIRST, at, bare, read, save, settings
 
-WIRE = 10**10
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
 
 @pytest.fixture
 def service(daemon: StandInDaemon) -> Iterator[HyperPodService]:

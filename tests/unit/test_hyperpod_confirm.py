@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,24 +15,10 @@ from sm_tiered.tiers.hyperpod import HyperPodTier
 from sm_tiered.tiers.hyperpod_looks import THREADS, each
 from sm_tiered.tiers.hyperpod_shares import FIRST_BYTES
 from sm_tiered.tiers.shares import ShareTier
-from tests.unit.hyperpod_sharing import FIRST, at, bare, manifest_of, save, settings, share
+from tests.unit.hyperpod_sharing import FIRST, WIRE, at, bare, manifest_of, save, settings, share
 
-WIRE = 10**10
 HERE = at(FIRST, 10)
 MANIFEST = layout.in_dir(HERE, layout.MANIFEST)
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def tier(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
 
 
 def looks(daemon: StandInDaemon) -> list[int]:

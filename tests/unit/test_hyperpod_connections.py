@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -20,15 +19,6 @@ from sm_tiered.tiers import open_tier
 from sm_tiered.tiers.wrappers import Retry
 from tests.unit.children import in_child
 from tests.unit.hyperpod_sharing import FIRST, MIB, at, bare, data_of, read, save, settings, share
-
-WIRE = 10**10
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
 
 # ---- a service that is not there
 

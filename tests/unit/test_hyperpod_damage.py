@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 
 import pytest
 
@@ -24,6 +23,7 @@ from tests.unit.hyperpod_sharing import (
     FIRST,
     MIB,
     SECOND,
+    WIRE,
     at,
     bare,
     data_of,
@@ -33,28 +33,6 @@ from tests.unit.hyperpod_sharing import (
 )
 
 SIZES = (9 * MIB + 7, 0, 100, 8 * MIB)
-WIRE = 10**10
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def tier(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
-
-
-@pytest.fixture
-def other(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    """A tier of another process: it remembers nothing of what this one wrote."""
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
 
 
 def blob_of(daemon: StandInDaemon, rank: int, step: int) -> bytearray:

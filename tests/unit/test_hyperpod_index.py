@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from sm_tiered import layout
@@ -18,30 +16,7 @@ from sm_tiered.inventory import (
 )
 from sm_tiered.testing.daemon import StandInDaemon
 from sm_tiered.tiers.hyperpod import HyperPodTier
-from tests.unit.hyperpod_sharing import FIRST, SECOND, at, attempt_record, bare, save, share
-
-WIRE = 10**10
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def tier(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
-
-
-@pytest.fixture
-def other(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    """A tier of another process: it remembers nothing of what this one wrote."""
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
+from tests.unit.hyperpod_sharing import FIRST, SECOND, WIRE, at, attempt_record, save, share
 
 
 def looks(daemon: StandInDaemon) -> list[tuple[int, int]]:

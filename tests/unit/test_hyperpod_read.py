@@ -48,12 +48,6 @@ tier.close()
 
 
 @pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
 def tier(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
     tier = bare(daemon.url)
     save(tier, HERE, 1, SIZE, 50)

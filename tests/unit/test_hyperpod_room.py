@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from sm_tiered import layout
 from sm_tiered.errors import TierFullError, TierRefusedError
-from sm_tiered.inventory import list_checkpoints, read_attempts, read_holding
+from sm_tiered.inventory import list_checkpoints, read_attempts
 from sm_tiered.records import Attempt, CheckpointId
-from sm_tiered.testing.daemon import StandInDaemon, shard_meta
-from sm_tiered.testing.daemon_memory import StoredBlob
+from sm_tiered.testing.daemon import StandInDaemon
 from sm_tiered.tiers.hyperpod import HyperPodTier
 from tests.unit.hyperpod_sharing import (
     FIRST,
+    KEPT,
     SECOND,
     THIRD,
+    WIRE,
     at,
     attempt_record,
     bare,
+    foreign,
     save,
     share,
+    whole,
 )
-
-WIRE = 10**10
-KEPT = 5
-"""`Latest(2)` and three more."""
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def tier(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
-
-
-def whole(tier: HyperPodTier, checkpoint: CheckpointId) -> bool:
-    return read_holding(tier, checkpoint, durable=True).problem is None
-
-
-def foreign(data: bytes = b"\x80\x04another program's") -> StoredBlob:
-    return StoredBlob(data=bytearray(data), size=len(data), meta=shard_meta(data))
-
 
 # ---- steps
 

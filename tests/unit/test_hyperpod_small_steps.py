@@ -2,61 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from sm_tiered import layout
 from sm_tiered.inventory import list_checkpoints, read_attempts, read_holding
-from sm_tiered.records import CheckpointId
-from sm_tiered.testing.daemon import SMALL_STEPS, DaemonFault, StandInDaemon, StoredNamespace, shard_meta
-from sm_tiered.testing.daemon_memory import StoredBlob
+from sm_tiered.testing.daemon import DaemonFault, StandInDaemon, StoredNamespace
 from sm_tiered.tiers.hyperpod import HyperPodTier
 from sm_tiered.tiers.hyperpod_chain import Chain
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace
 from tests.unit.hyperpod_sharing import (
     FIRST,
+    KEPT,
     SECOND,
     THIRD,
     at,
     attempt_record,
     bare,
     data_of,
+    foreign,
     read,
     save,
     settings,
+    whole,
 )
-
-WIRE = 10**10
-KEPT = 5
-"""`Latest(2)` and three more."""
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def tier(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
-
-
-def whole(tier: HyperPodTier, checkpoint: CheckpointId) -> bool:
-    return read_holding(tier, checkpoint, durable=True).problem is None
-
-
-def foreign(data: bytes = b"\x80\x04another program's") -> StoredBlob:
-    return StoredBlob(data=bytearray(data), size=len(data), meta=shard_meta(data))
-
-
-@pytest.fixture
-def small(daemon: StandInDaemon) -> StandInDaemon:
-    daemon.memory.max_step = SMALL_STEPS
-    return daemon
 
 
 def test_where_large_steps_are_refused_an_attempt_has_a_namespace_of_its_own(

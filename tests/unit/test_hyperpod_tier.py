@@ -25,7 +25,6 @@ from tests.unit.hyperpod_sharing import (
     MIB,
     at,
     attempt_record,
-    bare,
     data_of,
     manifest_of,
     read,
@@ -35,28 +34,6 @@ from tests.unit.hyperpod_sharing import (
 )
 
 SIZES = (9 * MIB + 7, 0, 100, 8 * MIB)
-WIRE = 10**10
-
-
-@pytest.fixture
-def daemon() -> Iterator[StandInDaemon]:
-    with StandInDaemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def tier(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
-
-
-@pytest.fixture
-def other(daemon: StandInDaemon) -> Iterator[HyperPodTier]:
-    """A tier of another process: it remembers nothing of what this one wrote."""
-    tier = bare(daemon.url)
-    yield tier
-    tier.close()
 
 
 def test_open_tier_gives_a_share_tier_that_repeats(daemon: StandInDaemon) -> None:

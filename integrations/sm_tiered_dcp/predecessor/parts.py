@@ -11,7 +11,7 @@ from typing import IO, cast
 from sm_tiered.checksum import CHUNK_BYTES
 from sm_tiered.records import Item, ItemTable
 from sm_tiered_dcp.copies import Piece, in_chunks
-from sm_tiered_dcp.dcp_parts import TensorEntry, TensorLayout, layout_tensors
+from sm_tiered_dcp.dcp_parts import LaidOut, TensorEntry, TensorLayout, layout_tensors
 from sm_tiered_dcp.predecessor.metadata import StoredTensor, StoredValue
 from sm_tiered_dcp.predecessor.shards import Shard, read_tensors, read_values
 from sm_tiered_dcp.predecessor.temporary import using_temporary
@@ -40,31 +40,15 @@ def lay_out(name: str, entries: Sequence[StoredTensor]) -> TensorLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TensorsFrom:
+class TensorsFrom(LaidOut):
     """Tensors that are read out of a shard while they are written. A `sm_tiered.parts.PartSource`."""
 
-    layout: TensorLayout
     shard: Shard = field(repr=False)
     entries: Sequence[StoredTensor] = field(repr=False)
     told: Callable[[int], None] = field(repr=False)
     """Is told how many bytes of the shard each tensor took."""
     replica: bool = False
     recycled: bool = False
-
-    @property
-    def name(self) -> str:
-        """Its file name."""
-        return self.layout.name
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.layout.size
-
-    @property
-    def table(self) -> ItemTable:
-        """The items that it holds."""
-        return self.layout.table
 
     def write(self, buffer: memoryview, cache: dict[object, object]) -> None:
         """Fill *buffer*; nothing is kept in *cache*."""
