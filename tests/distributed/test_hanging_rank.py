@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sm_tiered.acks import Acks
 from sm_tiered_dcp import TieredCheckpointer
 from tests.distributed.dcp_jobs import LIMIT_SECS, Job, pause, raised, recipe, start, tell
 
@@ -84,9 +86,16 @@ def test_a_stopped_rank_fails_the_others_saves_and_restores_in_time(tmp_path: Pa
             assert ends[1 - stopped].status == 0, ends[1 - stopped].trace
 
 
+def _withhold_acknowledgements(rank: int) -> None:
+    """Let rank 0 acknowledge no save any more: it might be faster than the signal that stops it."""
+    if rank == 0:
+        Acks.give = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+
+
 def _waiting_beside_the_hanging_store(rank: int, which: dict[str, Any]) -> None:
     checkpointer = TieredCheckpointer.from_recipe(which)
     checkpointer.save(1, _state(1.0), ["memory"]).wait("memory")
+    _withhold_acknowledgements(rank)
     handle = checkpointer.save(2, _state(2.0), ["memory"])
     tell("ready")
     pause()
@@ -128,6 +137,7 @@ def test_a_wait_for_a_save_ends_in_time_while_the_rank_that_counts_acknowledgeme
 def _waiting_for_all_beside_the_hanging_store(rank: int, which: dict[str, Any]) -> None:
     checkpointer = TieredCheckpointer.from_recipe(which)
     checkpointer.save(1, _state(1.0), ["memory"]).wait("memory")
+    _withhold_acknowledgements(rank)
     checkpointer.save(2, _state(2.0), ["memory"])
     tell("ready")
     pause()
