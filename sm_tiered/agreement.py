@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from sm_tiered.errors import RankFailedError, StructureError, TierError, typed
@@ -44,7 +44,8 @@ class Agreement:
     """Those that were asked for."""
     due: frozenset[str]
     """Durable tiers that want a step, older marks included."""
-    draining: bool
+    busy: frozenset[str]
+    """Durable tiers in whose lane something is in flight."""
     urgent: bool
     in_memory: bool
     structure_changed: bool
@@ -84,6 +85,7 @@ class Negotiator:
         if request.gave_up is not None and not agreed.went_on:
             # On all ranks alike: nobody has written anything, the step is free again.
             store.line.forget(request.gave_up)
+        busy = self._busy(agreed)
         if agreed.drain_failed:
             self._promotions.abandon(agreed.drain_failed)
         repeated = self.handles.get(checkpoint)
@@ -96,13 +98,12 @@ class Negotiator:
             for known in set(self.written) - set(store.generations.line):
                 del self.written[known]
         no_room = agreed.no_room if store.generations.watermark == before else agreed.no_room_yet
-        names = [tier.name for tier in store.settings.tiers]
-        tiers = frozenset(name for bit, name in enumerate(names) if agreed.tiers >> bit & 1)
+        tiers = self._names(agreed.tiers)
         return Agreement(
             checkpoint=checkpoint,
             tiers=tiers,
             due=tiers & store.tiers.durable.keys(),
-            draining=agreed.draining_more if agreed.drain_failed else agreed.draining,
+            busy=busy,
             urgent=request.urgent,
             in_memory=not no_room,
             structure_changed=agreed.structure_changed,
@@ -111,6 +112,21 @@ class Negotiator:
             repeated=repeated,
             others_went_on=agreed.gave_up and agreed.went_on,
         )
+
+    def _busy(self, agreed: Agreed) -> frozenset[str]:
+        """What failed is in flight no more; what else is in its lane still is."""
+        busy = self._names(agreed.draining)
+        if not agreed.drain_failed:
+            return busy
+        lane = self._promotions.lane_of(agreed.drain_failed)
+        return busy - lane | self._names(agreed.draining_more) & lane
+
+    def _names(self, mask: int) -> frozenset[str]:
+        tiers = self._store.settings.tiers
+        return frozenset(tier.name for bit, tier in enumerate(tiers) if mask >> bit & 1)
+
+    def _mask(self, names: Collection[str]) -> int:
+        return sum(1 << bit for bit, tier in enumerate(self._store.settings.tiers) if tier.name in names)
 
     def _refuse(self, request: Request, agreed: Agreed) -> None:
         if request.failure is not None:
@@ -145,27 +161,26 @@ class Negotiator:
 
     def _offer(self, request: Request) -> Offer:
         store = self._store
-        names = [tier.name for tier in store.settings.tiers]
         written = [self.written.get(checkpoint, True) for checkpoint in store.generations.recent()]
         try:
-            in_flight, drain_failed = self._promotions.look()
+            in_flight = self._promotions.look()
             no_room, no_room_yet = self._no_room(request.size, written)
         except (TierError, OSError) as error:
             # A memory tier that can't be looked at takes no save, and keeps none from the durable tiers.
             store.events.emit(SaveFailed(step=request.step, tier="memory", error=str(typed(error))))
-            in_flight, drain_failed, no_room, no_room_yet = self._promotions.in_flight, 0, True, True
+            in_flight, no_room, no_room_yet = self._promotions.seen(), True, True
         return Offer(
             step=request.step,
-            tiers=sum(1 << bit for bit, name in enumerate(names) if name in request.tiers),
+            tiers=self._mask(request.tiers),
             structure_changed=request.structure_changed,
             values_signature=request.values_signature,
             values_fingerprint=request.values_fingerprint,
             failed=request.failure is not None,
             no_room=no_room,
             no_room_yet=no_room_yet,
-            draining=in_flight > 0,
-            draining_more=in_flight > 1,
-            drain_failed=drain_failed,
+            draining=self._mask(in_flight.busy),
+            draining_more=self._mask(in_flight.busier),
+            drain_failed=in_flight.failed,
             gave_up=request.gave_up is not None,
             went_on=request.gave_up is None,
             written=tuple(written + [False] * (HISTORY - len(written))),
@@ -182,5 +197,5 @@ class Negotiator:
         published, held = store.arena.published(), store.held()
         now = store.generations.releasable(published, held)
         soon = store.generations.supposing(written).releasable(published, held)
-        slots = memory.generations + 2
+        slots = store.settings.arena_slots
         return not store.arena.can_take(size, now, slots), not store.arena.can_take(size, soon, slots)

@@ -2,7 +2,7 @@
 
 Every promotion is a small state machine that is driven by `Drain.turn`: upload this node's parts and records, then
 look for the other ranks' records until the checkpoint is committed, a rank failed, or the deadline has passed. A
-promotion that waits for another node never holds up the next one.
+promotion that waits for another node never holds up the next one, and what is being sent only those of its own lane.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class _Promotion:
 
 
 class Drain:
-    """Works through one node's queue. Not thread-safe; one process at a time, guarded by the drainer's lock."""
+    """Works through one *lane* of a node's queue, or with None through all.
+
+    Not thread-safe; one process at a time, guarded by the drainer's lock.
+    """
 
     def __init__(
         self,
@@ -81,16 +84,18 @@ class Drain:
         target: Callable[[Entry], Target],
         compose: Callable[[str], Compose],
         events: Events,
+        lane: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._memory, self._queue, self._target = memory, queue, target
+        self._memory, self._queue, self._target, self._lane = memory, queue, target, lane
         self._compose, self._events, self._clock = compose, events, clock
         self._promotions: dict[tuple[CheckpointId, str], _Promotion] = {}
         self._sender = Sender(memory)
 
     def turn(self) -> float | None:
         """Do what can be done now. Return the seconds until there may be more to do, or None when nothing is queued."""
-        grouped = itertools.groupby(self._queue.entries(), key=lambda entry: (entry.checkpoint, entry.tier))
+        waiting = [entry for entry in self._queue.entries() if self._lane in (None, entry.lane)]
+        grouped = itertools.groupby(waiting, key=lambda entry: (entry.checkpoint, entry.tier))
         found = {key: list(entries) for key, entries in grouped}
         for key in set(self._promotions) - set(found):
             del self._promotions[key]

@@ -1,4 +1,4 @@
-"""How far the drainer is with what it sends now, for whoever looks: a small file in the queue, written now and then.
+"""How far the drainer is with what it sends now, for whoever looks: small files in the queue, written now and then.
 
 It is a hint. That it can't be written, or tells of what has long ended, does no harm.
 """
@@ -20,7 +20,6 @@ from sm_tiered.tiers.base import Tier
 
 __all__ = ["DrainProgress", "Sending", "read_sending"]
 
-_KEY = f"{layout.QUEUE}/sending.json"
 _EVERY_SECS = 0.5
 
 
@@ -51,13 +50,17 @@ class DrainProgress:
         directory = layout.checkpoint_dir(entry.checkpoint)
         fields = {"checkpoint": directory, "rank": entry.rank, "tier": entry.tier, "bytes": sent}
         with suppress(TierError):
-            self._memory.put(_KEY, json.dumps(fields).encode())
+            self._memory.put(_key(entry.tier), json.dumps(fields).encode())
 
 
-def read_sending(memory: Tier) -> Sending | None:
-    """Return what was said last, or None."""
+def _key(tier: str) -> str:
+    return f"{layout.QUEUE}/sending-{tier}.json"
+
+
+def read_sending(memory: Tier, tier: str) -> Sending | None:
+    """Return what was said last of sending to *tier*, or None."""
     try:
-        fields = cast("dict[str, object]", json.loads(memory.get(_KEY, max_bytes=4096).data))
+        fields = cast("dict[str, object]", json.loads(memory.get(_key(tier), max_bytes=4096).data))
         checkpoint = layout.parse_checkpoint_dir(str(fields["checkpoint"]))
         if checkpoint is None:
             return None

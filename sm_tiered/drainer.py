@@ -1,7 +1,8 @@
 """The drainer's process: ``python -m sm_tiered.drainer DIRECTORY NAMESPACE``, one for each node and namespace.
 
 It is started by any save that finds its lock free, lives in a session of its own, and ends only when the queue is
-empty under the queue's own lock, so that no entry can be left behind by a drainer that was just going.
+empty under the queue's own lock, so that no entry can be left behind by a drainer that was just going. Each lane of the
+queue has a thread: an upload to storage that takes minutes holds up nothing that goes to the cluster's RAM.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -50,6 +54,10 @@ STALE_UPLOAD_SECS = 86400.0
 _NICE = 19
 """The lowest: at 10, on two cores, a training loop lost a third of its speed to the drain beside it."""
 _START_SECS = 10.0
+_LOOK_SECS, _BUSY_LOOK_SECS = 0.05, 0.2
+"""Between two looks at the queue; a lane that is busy looks by itself."""
+_MOST_LANES = 16
+"""Of more, some would wait for others."""
 _ASKED_SECS = 0.5
 
 
@@ -82,11 +90,12 @@ def ensure_drainer(memory: MemoryTier) -> subprocess.Popen[bytes] | None:
 
 
 class _Targets:
-    """Durable tiers, opened once for each recipe."""
+    """Durable tiers, opened once for each recipe. Those of one lane belong to one thread."""
 
     def __init__(self, memory: MemoryTier, queue: Queue, events: Events) -> None:
         self._memory, self._queue, self._events = memory, queue, events
         self._recipes: dict[str, Recipe] = {}
+        self._reading = threading.Lock()
         self._tiers: dict[tuple[str, str], Tier] = {}
         self._published: set[tuple[str, Attempt]] = set()
         self._swept: set[str] = set()
@@ -95,11 +104,12 @@ class _Targets:
 
     def recipe(self, entry: Entry) -> Recipe:
         """Return the recipe of *entry*; what it asks of the log is done from then on."""
-        found = self._recipes.get(entry.recipe)
-        if found is None:
-            found = self._recipes[entry.recipe] = Recipe.from_json(self._queue.recipe(entry.recipe))
-            self._undo_logs.append(install(found.settings().log, namespace=found.namespace, rank=None))
-        return found
+        with self._reading:
+            found = self._recipes.get(entry.recipe)
+            if found is None:
+                found = self._recipes[entry.recipe] = Recipe.from_json(self._queue.recipe(entry.recipe))
+                self._undo_logs.append(install(found.settings().log, namespace=found.namespace, rank=None))
+            return found
 
     def target(self, entry: Entry) -> Target:
         """Return the tier of *entry*, with the attempt's own record on it."""
@@ -189,29 +199,78 @@ def _step_back() -> None:
         group.write(str(_NICE))
 
 
+class _Lanes:
+    """A thread for each lane in which there is something to do, and as long as there is."""
+
+    def __init__(self, make: Callable[[int], Drain]) -> None:
+        self._make = make
+        self._drains: dict[int, Drain] = {}
+        self._running: dict[int, Future[None]] = {}
+        self._threads = ThreadPoolExecutor(_MOST_LANES, thread_name_prefix="sm_tiered-lane")
+        self._ended = threading.Event()
+
+    def work(self, waiting: Iterable[Entry]) -> bool:
+        """See that each lane of what is *waiting* is worked on; return whether any is.
+
+        Raises:
+            Exception: what ended the work on one.
+        """
+        for lane, running in list(self._running.items()):
+            if running.done():
+                del self._running[lane]
+                running.result()
+        for lane in {entry.lane for entry in waiting} - self._running.keys():
+            if lane not in self._drains:
+                self._drains[lane] = self._make(lane)
+            self._running[lane] = self._threads.submit(self._drain, self._drains[lane])
+        return bool(self._running)
+
+    def _drain(self, drain: Drain) -> None:
+        while not self._ended.is_set():
+            pause = drain.turn()
+            if pause is None:
+                return
+            self._ended.wait(min(max(pause, 0.01), 1.0))
+
+    def close(self) -> None:
+        """End the work after what each lane is just at."""
+        self._ended.set()
+        self._threads.shutdown()
+
+
 def _run(memory: MemoryTier, namespace: str, lock: FileLock, stopping: list[int]) -> None:
     queue = Queue(memory)
     events = Events(namespace=namespace, rank=None, path=event_files.of_drainer(Path(memory.root)))
     targets = _Targets(memory, queue, events)
-    drain = Drain(memory, queue, target=targets.target, compose=finisher, events=events)
     for entry in queue.entries():
         with suppress(TieredError, ValueError):  # `target` fails of it too, and that is told
             targets.recipe(entry)
+    with closing(
+        _Lanes(
+            lambda lane: Drain(memory, queue, target=targets.target, compose=finisher, events=events, lane=lane),
+        )
+    ) as lanes:
+        _work(memory, queue, lock, lanes, targets, stopping)
+    targets.close()
+    events.close()
+
+
+def _work(
+    memory: MemoryTier, queue: Queue, lock: FileLock, lanes: _Lanes, targets: _Targets, stopping: list[int]
+) -> None:
+    """Go on until there has been nothing to do for a while."""
     busy_at = time.monotonic()
     # When somebody deleted the directory, another drainer works on what stands there now.
     while lock.stands():
-        pause = drain.turn()
-        if pause is not None:
+        if lanes.work(queue.entries()):
             busy_at = time.monotonic()
-            time.sleep(min(max(pause, 0.01), 1.0))
+            time.sleep(_BUSY_LOOK_SECS)
             continue
         if stopping or time.monotonic() - busy_at > _IDLE_SECS:
             targets.publish_events()
             if _leave(memory, queue, lock):
-                break
-        time.sleep(0.05)
-    targets.close()
-    events.close()
+                return
+        time.sleep(_LOOK_SECS)
 
 
 def _leave(memory: MemoryTier, queue: Queue, lock: FileLock) -> bool:

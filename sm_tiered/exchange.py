@@ -16,6 +16,9 @@ __all__ = ["HISTORY", "Agreed", "Offer", "exchange"]
 HISTORY = 8
 """How many of the last saves a rank reports on."""
 
+_MOST_TIERS = 16
+"""So many tiers a recipe can have."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
@@ -37,9 +40,10 @@ class Offer:
     """No generation is free."""
     no_room_yet: bool = False
     """No generation is free even once the save before this one is known to be whole."""
-    draining: bool = False
-    draining_more: bool = False
-    """More than one promotion is in flight."""
+    draining: int = 0
+    """Bit i: a promotion is in flight in the lane of tier i."""
+    draining_more: int = 0
+    """Bit i: more than one is."""
     drain_failed: int = 0
     """Which promotion failed here (see `Promotions.look`); 0: none."""
     preempted: bool = False
@@ -68,8 +72,9 @@ class Agreed:
     failed_rank: int | None
     no_room: bool
     no_room_yet: bool
-    draining: bool
-    draining_more: bool
+    draining: int
+    """See `Offer`, as are the bits of any rank's."""
+    draining_more: int
     drain_failed: int
     preempted: bool
     requested: bool
@@ -93,8 +98,6 @@ def _encode(offer: Offer, rank: int) -> list[int]:
         offer.structure_changed,
         offer.no_room,
         offer.no_room_yet,
-        offer.draining,
-        offer.draining_more,
         offer.drain_failed,
         offer.preempted,
         offer.gave_up,
@@ -103,15 +106,17 @@ def _encode(offer: Offer, rank: int) -> list[int]:
         offer.cost_micros,
         *(not done for done in offer.written),
     ]
-    bits = [offer.tiers >> bit & 1 for bit in range(16)] + [offer.decided >> bit & 1 for bit in range(16)]
+    masks = (offer.tiers, offer.decided, offer.draining, offer.draining_more)
+    bits = [mask >> bit & 1 for mask in masks for bit in range(_MOST_TIERS)]
     return [*alike, *(-value for value in alike), rank + 1 if offer.failed else 0, *map(int, flags), *bits]
 
 
 def _decode(highest: Sequence[int]) -> Agreed:
     same = [highest[index] == -highest[index + 3] for index in range(3)]
-    changed, no_room, no_room_yet, draining, more, _, preempted, gave_up, went_on, requested = map(bool, highest[7:17])
-    missing = highest[18 : 18 + HISTORY]
-    bits = highest[18 + HISTORY :]
+    changed, no_room, no_room_yet, _, preempted, gave_up, went_on, requested = map(bool, highest[7:15])
+    missing = highest[16 : 16 + HISTORY]
+    bits = highest[16 + HISTORY :]
+    tiers, decided, draining, more = (_mask(bits[at : at + _MOST_TIERS]) for at in range(0, len(bits), _MOST_TIERS))
     return Agreed(
         same_step=same[0],
         same_value_names=same[1],
@@ -122,13 +127,17 @@ def _decode(highest: Sequence[int]) -> Agreed:
         no_room_yet=no_room_yet,
         draining=draining,
         draining_more=more,
-        drain_failed=highest[12],
+        drain_failed=highest[10],
         preempted=preempted,
         requested=requested,
-        cost_micros=highest[17],
+        cost_micros=highest[15],
         gave_up=gave_up,
         went_on=went_on,
         written=tuple(not value for value in missing),
-        tiers=sum(bit << index for index, bit in enumerate(bits[:16])),
-        decided=sum(bit << index for index, bit in enumerate(bits[16:])),
+        tiers=tiers,
+        decided=decided,
     )
+
+
+def _mask(bits: Sequence[int]) -> int:
+    return sum(bit << index for index, bit in enumerate(bits))

@@ -132,10 +132,10 @@ class Follower:
     def _done(self, entries: Iterable[Entry]) -> int:
         """What has left the queue or is sent counts whole, what is just being sent as far as the drainer told."""
         left = {_share(entry): self._sizes[_share(entry)] for entry in entries if not entry.sent}
-        sending = read_sending(self._memory)
-        if sending is not None:
-            share = (sending.checkpoint, sending.rank, sending.tier)
-            if share in left:
+        for tier in {tier for _, _, tier in left}:
+            sending = read_sending(self._memory, tier)
+            share = (sending.checkpoint, sending.rank, sending.tier) if sending is not None else None
+            if sending is not None and share in left:
                 left[share] = max(0, left[share] - sending.bytes)
         return sum(self._sizes.values()) - sum(left.values())
 

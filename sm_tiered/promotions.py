@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from sm_tiered.drainer import QUEUE_LOCK
 from sm_tiered.errors import SaveError, TieredError, TierUnavailableError
@@ -19,9 +21,21 @@ from sm_tiered.queue import Entry, Result
 from sm_tiered.records import CheckpointId
 from sm_tiered.store import Store
 
-__all__ = ["Promotions"]
+__all__ = ["InFlight", "Promotions"]
 
 _LOCK_SECS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InFlight:
+    """What one rank sees of its promotions, told by tiers: those of one lane share the answer."""
+
+    busy: frozenset[str]
+    """A promotion is in flight in the tier's lane."""
+    busier: frozenset[str]
+    """More than one is."""
+    failed: int = 0
+    """A number for one that has failed here, or 0. A larger one is a later step; `Promotions.abandon` takes it."""
 
 
 class Promotions:
@@ -35,11 +49,8 @@ class Promotions:
         """Those that the queue has had from this rank."""
         self._marked: dict[str, int] = {}
 
-    def look(self) -> tuple[int, int]:
-        """Return how many promotions are in flight, and a number for one that has failed here, or 0.
-
-        A larger number is a later step; `abandon` takes it on every rank.
-        """
+    def look(self) -> InFlight:
+        """Find out which promotions have ended, and return what is in flight."""
         self._in_flight = [pair for pair in self._in_flight if pair not in self._withdrawn]
         ended = {pair: self._ended(*pair) for pair in self._in_flight}
         failed = {pair for pair, result in ended.items() if result is not None and result[0] is not None}
@@ -48,12 +59,24 @@ class Promotions:
         self._in_flight = [pair for pair, result in ended.items() if result is None or pair in told]
         self._withdrawn &= set(self._in_flight)
         self._handed &= set(self._in_flight)
-        return len(self._in_flight), max((self._number(*pair) for pair in told), default=0)
+        return self.seen(max((self._number(*pair) for pair in told), default=0))
 
-    @property
-    def in_flight(self) -> int:
-        """How many promotions were in flight at the last look."""
-        return len(self._in_flight)
+    def seen(self, failed: int = 0) -> InFlight:
+        """Return what was in flight at the last look."""
+        settings = self._store.settings
+        counts = Counter(settings.tier(tier).lane for _, tier in self._in_flight)
+        lanes = {tier.name: counts[tier.lane] for tier in settings.durable}
+        return InFlight(
+            busy=frozenset(tier for tier, count in lanes.items() if count),
+            busier=frozenset(tier for tier, count in lanes.items() if count > 1),
+            failed=failed,
+        )
+
+    def lane_of(self, number: int) -> frozenset[str]:
+        """Return the tiers in the lane of the promotion of that *number*."""
+        settings = self._store.settings
+        lane = settings.tiers[(number - 1) % len(settings.tiers)].lane
+        return frozenset(tier.name for tier in settings.durable if tier.lane == lane)
 
     def _number(self, checkpoint: CheckpointId, tier: str) -> int:
         """A number, the same on all ranks, for a promotion of the present attempt; above 0."""
@@ -88,22 +111,19 @@ class Promotions:
         # Twice: an entry that the drainer renames, once in its life, may slip through one look.
         return not is_there() and not is_there()
 
-    def choose(self, step: int, due: Iterable[str], *, draining: bool, urgent: bool) -> frozenset[str]:
-        """Return the durable tiers that *step* goes to now; while a step is in flight the others are only marked."""
+    def choose(self, step: int, due: Iterable[str], *, busy: Collection[str], urgent: bool) -> frozenset[str]:
+        """Return the durable tiers that *step* goes to now; those that are *busy* are only marked, unless *urgent*."""
         wanted = frozenset(due) | frozenset(self._marked)
-        if draining and not urgent:
-            for tier in due:
-                if (older := self._marked.get(tier)) is not None:
-                    reason = f"step {step} takes its place: the drain is still busy"
-                    self._store.events.emit(DurableSkipped(step=older, tier=tier, reason=reason))
-                self._marked[tier] = step
-            return frozenset()
-        for tier, older in self._marked.items():
+        chosen = wanted if urgent else wanted.difference(busy)
+        for tier in sorted(chosen.union(due)):
+            older = self._marked.pop(tier, step)
             if older != step:
-                reason = f"step {step} takes its place: the drain was busy"
+                how = "was" if tier in chosen else "is still"
+                reason = f"step {step} takes its place: the drain {how} busy"
                 self._store.events.emit(DurableSkipped(step=older, tier=tier, reason=reason))
-        self._marked.clear()
-        return wanted
+            if tier not in chosen:
+                self._marked[tier] = step
+        return chosen
 
     def begin(self, checkpoint: CheckpointId, tiers: Iterable[str]) -> None:
         """Say that *checkpoint* is in flight, on all ranks alike; its entry follows when its record is written."""
@@ -135,6 +155,7 @@ class Promotions:
                     deadline_at=time.time() + settings.tier(tier).in_flight_secs(settings.commit_deadline_secs),
                     patient=settings.tier(tier).patient,
                     place=settings.place_of(tier),
+                    lane=settings.tier(tier).lane,
                 )
                 queue.put(entry)
                 self._handed.add((checkpoint, tier))

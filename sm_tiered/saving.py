@@ -79,9 +79,7 @@ class Saver:
         """
         self._agreed = None
         store, checkpoint = self._store, agreement.checkpoint
-        promote = self._promotions.choose(
-            checkpoint.step, agreement.due, draining=agreement.draining, urgent=agreement.urgent
-        )
+        promote = self._promotions.choose(checkpoint.step, agreement.due, busy=agreement.busy, urgent=agreement.urgent)
         if agreement.repeated is not None:
             return self._again(agreement, agreement.repeated, parts, promote, metrics)
         record = self._blank(checkpoint, metrics)
@@ -108,9 +106,7 @@ class Saver:
     def _abort(self, agreement: Agreement, error: TieredError) -> None:
         """Say that this rank's share of what others saved will not come, so that nobody waits for it."""
         checkpoint = agreement.checkpoint
-        promote = self._promotions.choose(
-            checkpoint.step, agreement.due, draining=agreement.draining, urgent=agreement.urgent
-        )
+        promote = self._promotions.choose(checkpoint.step, agreement.due, busy=agreement.busy, urgent=agreement.urgent)
         record = self._blank(checkpoint, {})
         self._fail(record, self._new_handle(checkpoint, agreement), error)
         self._give_up(record, error)

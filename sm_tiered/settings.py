@@ -36,6 +36,11 @@ class TierSettings:
         """Whether a save waits for the tier to come back."""
         return True
 
+    @property
+    def lane(self) -> int:
+        """Tiers of one lane are promoted to one after the other, lanes beside each other."""
+        return 0
+
     def in_flight_secs(self, most: float) -> float:
         """Return how long a save may be in flight there, in a job that allows *most*."""
         return most
@@ -111,6 +116,11 @@ class HyperPodSettings(TierSettings):
     def patient(self) -> bool:
         """False: the next save soon takes the place of one that failed."""
         return False
+
+    @property
+    def lane(self) -> int:
+        """One of its own: what goes from RAM to RAM often must not wait for what goes to storage for minutes."""
+        return 1
 
     def in_flight_secs(self, most: float) -> float:
         """Return how long a save may be in flight there, in a job that allows *most*."""
@@ -190,6 +200,12 @@ class Settings:
         """The tiers that a restore goes on without, when they do not answer and others have something."""
         services = (tier for tier in self.tiers if isinstance(tier, HyperPodSettings))
         return frozenset(tier.name for tier in services if tier.unreachable == "skip")
+
+    @property
+    def arena_slots(self) -> int:
+        """How many checkpoints memory must hold: what is kept, one being written, and one in flight in each lane."""
+        kept = self.memory.generations if self.memory is not None else 0
+        return kept + 1 + max(1, len({tier.lane for tier in self.durable}))
 
     def place_of(self, tier: str) -> int:
         """Return how many tiers of the recipe come before *tier*."""

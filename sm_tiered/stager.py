@@ -148,7 +148,7 @@ class Stager:
         arena, memory = self._store.arena, self._store.settings.memory
         assert arena is not None
         assert memory is not None
-        slot = arena.take(part.size, self._releasable(), memory.generations + 2)
+        slot = arena.take(part.size, self._releasable(), self._store.settings.arena_slots)
         if slot is None:
             raise TierFullError(
                 "every generation of the arena is in use", tier=memory.name, step=record.checkpoint.step

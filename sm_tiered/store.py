@@ -229,7 +229,7 @@ class Store:
         memory, arena = self.settings.memory, self.arena
         if memory is None or arena is None or self.tiers.memory is None:
             return
-        need = sum(sizes) * (memory.generations + 2) * len(self.ranks_here)
+        need = sum(sizes) * self.settings.arena_slots * len(self.ranks_here)
         already = arena.allocated_bytes * len(self.ranks_here)
         tight = check_budget(self.tiers.memory.root, need, memory.budget_bytes, already_bytes=already)
         if tight is not None:
@@ -248,7 +248,7 @@ class Store:
         self.over_budget = False
         if self.settings.memory is None or self.arena is None:
             return
-        slots = self.settings.memory.generations + 2
+        slots = self.settings.arena_slots
         for size in sizes:
             # Parts of about one size share a pool of files.
             self.arena.prepare(size, slots * sum(abs(size - other) * 16 <= size for other in sizes))
@@ -259,7 +259,7 @@ class Store:
             return None
         arena = self.arena
         try:
-            slot = arena.take(size, (), self.settings.memory.generations + 2)
+            slot = arena.take(size, (), self.settings.arena_slots)
         except TierError:
             return None
         if slot is None:

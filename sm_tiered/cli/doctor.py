@@ -51,7 +51,7 @@ def _findings(settings: Settings | None) -> Iterator[Finding]:
 
 def _of_tier(tier: TierSettings, settings: Settings, node_bytes: int | None) -> Iterator[Finding]:
     if isinstance(tier, MemorySettings):
-        yield from memory_findings(tier, node_bytes)
+        yield from memory_findings(tier, settings.arena_slots, node_bytes)
         yield from job_findings(tier, settings.namespace)
     elif isinstance(tier, LocalSettings):
         yield from local_findings(tier, settings.namespace)

@@ -37,8 +37,11 @@ _SHM = "Enlarge it: `docker run --shm-size=…`; Kubernetes: an emptyDir with me
 # ---- memory
 
 
-def memory_findings(settings: MemorySettings, node_bytes: int | None) -> Iterator[Finding]:
-    """Look at the memory tier's place; *node_bytes*: what one checkpoint takes there, where that is known."""
+def memory_findings(settings: MemorySettings, slots: int, node_bytes: int | None) -> Iterator[Finding]:
+    """Look at the memory tier's place, which must hold *slots* checkpoints.
+
+    *node_bytes*: what one takes there, where that is known.
+    """
     name, path = settings.name, Path(settings.path)
     mount = mount_of(path)
     if mount is None:
@@ -51,7 +54,7 @@ def memory_findings(settings: MemorySettings, node_bytes: int | None) -> Iterato
         fix = "Use a path below /dev/shm, or mount a tmpfs there."
         yield failed(name, "file system", f"{path} is on no tmpfs ({mount.kind} on {mount.point})", fix)
     yield _private(name, path)
-    yield _room(settings, path, node_bytes)
+    yield _room(settings, path, slots, node_bytes)
     if mount is not None and mount.kind == "tmpfs":
         yield _huge(name, mount.point, mount.option("huge"))
     yield _locked(name, node_bytes)
@@ -78,7 +81,7 @@ def _private(name: str, path: Path) -> Finding:
     return ok(name, check, f"{path} is this user's alone")
 
 
-def _room(settings: MemorySettings, path: Path, node_bytes: int | None) -> Finding:
+def _room(settings: MemorySettings, path: Path, slots: int, node_bytes: int | None) -> Finding:
     facts = os.statvfs(existing(path))
     whole, free = facts.f_blocks * facts.f_frsize, facts.f_bavail * facts.f_frsize
     name, cgroup = settings.name, cgroup_room()
@@ -87,8 +90,9 @@ def _room(settings: MemorySettings, path: Path, node_bytes: int | None) -> Findi
     told += ", no cgroup limit" if cgroup is None else f", the cgroup leaves {size(cgroup)}"
     if node_bytes is None:
         return ok(name, "room", f"{told}; how large a checkpoint is here is not known yet")
-    need = (settings.generations + 2) * node_bytes
-    told = f"{size(need)} are needed (keep.latest + 2 = {settings.generations + 2} × {size(node_bytes)}): {told}"
+    need = slots * node_bytes
+    more = slots - settings.generations
+    told = f"{size(need)} are needed (keep.latest + {more} = {slots} × {size(node_bytes)}): {told}"
     if settings.budget_bytes is not None and need > settings.budget_bytes:
         return failed(name, "room", told, f"Raise budget to {size(need)}, or lower keep.latest.")
     if whole and need > whole:

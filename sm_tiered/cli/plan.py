@@ -147,7 +147,8 @@ def _plan(
         for tier in settings.durable
         if isinstance(tier, S3Settings) and done.planned[tier.name]
     }
-    memory = memory_need(settings.memory, given) if settings.memory is not None else None
+    slots = settings.arena_slots
+    memory = memory_need(settings.memory, given, generations=slots) if settings.memory is not None else None
     made = Plan(
         settings=settings,
         given=given,

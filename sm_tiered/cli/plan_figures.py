@@ -129,7 +129,7 @@ class Memory:
     """The memory tier of one node, in bytes."""
 
     generations: int
-    """``keep.latest``, one being written, one held by the drain."""
+    """``keep.latest``, one being written, one held by the drain in each lane."""
     need_bytes: int
     path: str
     size_bytes: int
@@ -147,9 +147,8 @@ class Memory:
         )
 
 
-def memory_need(settings: MemorySettings, given: Assumptions) -> Memory:
-    """Return what the memory tier needs, and what there is here."""
-    generations = settings.generations + 2
+def memory_need(settings: MemorySettings, given: Assumptions, *, generations: int) -> Memory:
+    """Return what the memory tier needs to hold *generations*, and what there is here."""
     path = Path(settings.path)
     facts = os.statvfs(next(place for place in (path, *path.parents) if place.exists()))
     return Memory(

@@ -128,7 +128,8 @@ class _Training:
         self._last: dict[str, tuple[int, float]] = {}
         self._cost = TypicalCost()
         self._marked: dict[str, int] = {}
-        self._busy_until = 0.0
+        self._busy_until: dict[int, float] = {}
+        """By lane: tiers of one lane wait for each other."""
         self.now = 0.0
         self._run = Run(
             planned={tier.name: [] for tier in settings.tiers},
@@ -167,7 +168,7 @@ class _Training:
         """Copy into memory, unless the step is there, and hand to the drainer what may go now."""
         memory = self._settings.memory
         assert memory is not None
-        promote = self._choose(step, due & self._durable.keys(), draining=self.now < self._busy_until, urgent=urgent)
+        promote = self._choose(step, due & self._durable.keys(), urgent=urgent)
         copies = self._run.planned[memory.name]
         if not copies or copies[-1].step != step:
             begun = self.now
@@ -177,20 +178,24 @@ class _Training:
         for tier in sorted(promote):
             if any(planned.step == step for planned in self._run.planned[tier][-1:]):
                 continue
-            self._busy_until = max(self.now, self._busy_until) + self._given.drain_secs
-            self._commit(tier, Planned(step=step, at=at, usable_at=self._busy_until))
+            lane = self._durable[tier].lane
+            usable_at = self._busy_until[lane] = max(self.now, self._free_at(tier)) + self._given.drain_secs
+            self._commit(tier, Planned(step=step, at=at, usable_at=usable_at))
 
-    def _choose(self, step: int, due: Iterable[str], *, draining: bool, urgent: bool) -> frozenset[str]:
+    def _free_at(self, tier: str) -> float:
+        return self._busy_until.get(self._durable[tier].lane, 0.0)
+
+    def _choose(self, step: int, due: Iterable[str], *, urgent: bool) -> frozenset[str]:
         """As `Promotions.choose`."""
         wanted = frozenset(due) | frozenset(self._marked)
-        for tier in wanted if not draining or urgent else due:
-            if self._marked.get(tier, step) != step:
-                self._run.skipped[tier].append(self._marked[tier])
-        if draining and not urgent:
-            self._marked |= dict.fromkeys(due, step)
-            return frozenset()
-        self._marked.clear()
-        return wanted
+        chosen = wanted if urgent else frozenset(tier for tier in wanted if self.now >= self._free_at(tier))
+        for tier in chosen.union(due):
+            older = self._marked.pop(tier, step)
+            if older != step:
+                self._run.skipped[tier].append(older)
+            if tier not in chosen:
+                self._marked[tier] = step
+        return chosen
 
     def _stream(self, step: int, due: Iterable[str]) -> None:
         """Without a memory tier the training waits for the durable ones."""

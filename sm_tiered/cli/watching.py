@@ -172,7 +172,7 @@ class Watcher:
         """What is queued for one tier, by checkpoint, and how many bytes of it are there."""
         if self._memory is None or not entries:
             return (), 0
-        sending = read_sending(self._memory)
+        sending = read_sending(self._memory, entries[0].tier)
         found: list[OnItsWay] = []
         for checkpoint in sorted({entry.checkpoint for entry in entries}):
             shares = [entry for entry in entries if entry.checkpoint == checkpoint]

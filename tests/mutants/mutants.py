@@ -99,8 +99,8 @@ MUTANTS = (
     Mutant(
         name="each rank decides for itself whether the drain is busy",
         path="sm_tiered/agreement.py",
-        old="draining=agreed.draining_more if agreed.drain_failed else agreed.draining,",
-        new="draining=self._promotions.look()[0] > 0,",
+        old="busy=busy,",
+        new="busy=self._promotions.look().busy,",
         tests=(f"{NODES}::test_one_slow_node_holds_up_the_choice_on_all",),
     ),
     Mutant(

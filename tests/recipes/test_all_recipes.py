@@ -124,7 +124,7 @@ def test_the_numbers_of_the_large_model_are_right(monkeypatch: pytest.MonkeyPatc
     whole = 12 * 70e9
     node, rank = whole / 8, whole / 64
     assert f"12 bytes a parameter, 70e9 x 12 = {whole / gib:.0f} GiB; on 8 nodes {node / gib:.0f} GiB each" in told
-    slots = memory.generations + 2
+    slots = settings.arena_slots
     assert f"({memory.generations} + 2) x {node / gib:.0f} GiB = {slots * round(node / gib)} GiB" in told
     assert memory.budget_bytes is not None
     assert slots * node <= memory.budget_bytes < 1.1 * slots * node

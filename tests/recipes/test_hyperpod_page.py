@@ -202,7 +202,7 @@ def test_its_figures_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     lent = 0.2 * 2 * 2048
     assert f"lend {lent:.0f} GiB at 20 %" in told
     assert held * whole * 2 < lent
-    slots = memory.generations + 2
+    slots = long.arena_slots
     assert f"here {slots} × {whole // 2} GiB" in told
     assert slots * whole / 2 <= gib(environment()["MEMORY_BUDGET"]) < 1.1 * slots * whole / 2
 

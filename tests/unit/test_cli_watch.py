@@ -274,7 +274,7 @@ def test_what_is_queued_and_how_far_it_is_is_told(
             name = f"{kind}-{layout.checkpoint_dir(checkpoint(step))}-{rank:05d}-s3.json"
             memory.put(f"{layout.QUEUE}/{name}", json.dumps(entry).encode())
     sending = {"checkpoint": layout.checkpoint_dir(checkpoint(100)), "rank": 1, "tier": "s3", "bytes": 1024}
-    memory.put(f"{layout.QUEUE}/sending.json", json.dumps(sending).encode())
+    memory.put(f"{layout.QUEUE}/sending-{sending['tier']}.json", json.dumps(sending).encode())
     tier = open_tier(s3_settings, NAMESPACE)
     write_checkpoint(tier, checkpoint(40), durable=True, saved_at=now - 100)
     tier.close()

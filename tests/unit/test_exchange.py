@@ -73,11 +73,17 @@ def test_what_must_be_alike_is_noticed_when_it_is_not(change: dict[str, int], fi
 
 @pytest.mark.parametrize(
     "flag",
-    ["structure_changed", "no_room", "no_room_yet", "draining", "drain_failed", "preempted", "gave_up", "went_on"],
+    ["structure_changed", "no_room", "no_room_yet", "drain_failed", "preempted", "gave_up", "went_on"],
 )
 def test_one_rank_s_flag_counts_for_all(flag: str) -> None:
     assert not getattr(agree(ALL_WRITTEN, ALL_WRITTEN), flag)
     assert getattr(agree(ALL_WRITTEN, replace(ALL_WRITTEN, **{flag: True})), flag)
+
+
+@pytest.mark.parametrize("mask", ["tiers", "draining", "draining_more"])
+def test_each_bit_of_any_rank_counts_for_all(mask: str) -> None:
+    one, other = (replace(ALL_WRITTEN, **{"tiers": 0, mask: bits}) for bits in (1 << 15 | 0b010, 0b110))
+    assert getattr(agree(one, other), mask) == 1 << 15 | 0b110
 
 
 def test_a_record_counts_only_when_every_rank_has_written_its_own() -> None:

@@ -1,0 +1,98 @@
+"""Lanes: what storage takes its time over holds up nothing that goes to the cluster's memory, nor the reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sm_tiered.handle import SaveHandle
+from sm_tiered.settings import S3Settings
+from sm_tiered.testing.daemon import StandInDaemon
+from sm_tiered.testing.daemon_faults import DaemonFault
+from sm_tiered.testing.proxy import FaultProxy, Rule
+from sm_tiered_dcp import TieredCheckpointer
+from tests.distributed.dcp_jobs import pause, raised, recipe, s3_tier, start, tell
+
+WORLD = 2
+REFUSED = 2
+
+
+@pytest.fixture
+def daemon() -> Iterator[StandInDaemon]:
+    with StandInDaemon() as served:
+        yield served
+
+
+@pytest.fixture
+def s3(s3_settings: S3Settings) -> Iterator[tuple[FaultProxy, dict[str, Any]]]:
+    """S3 behind a proxy, and the tier that goes through it."""
+    assert s3_settings.endpoint_url is not None
+    with FaultProxy(s3_settings.endpoint_url) as proxy:
+        tier = {**s3_tier(s3_settings), "endpoint_url": proxy.url, "request_timeout_secs": 2, "keep": {"latest": 9}}
+        yield proxy, tier
+
+
+def _recipe(memory: Path, url: str, s3: dict[str, Any]) -> dict[str, Any]:
+    cluster = {"kind": "hyperpod", "url": url, "save": {"every_n_steps": 1}, "keep": {"latest": 9}}
+    cluster |= {"request_timeout_secs": 3, "commit_deadline_secs": 45, "retry": {"attempts": 30, "deadline_secs": 45}}
+    tiers = {"cluster": cluster, "s3": {**s3, "save": {"every_n_steps": 1}}}
+    return recipe(memory, memory, memory={"keep": {"latest": 1}}, disk=None, tiers=tiers)
+
+
+def _state(rank: int, value: float) -> dict[str, Any]:
+    return {"common": torch.full((9,), value), "per_rank": {"own": torch.full((1000,), value + rank)}}
+
+
+def _save_all(
+    rank: int, last: int, root: str, url: str, s3: dict[str, Any], quick: str, slow: str
+) -> dict[str, list[int]]:
+    """Save every step and wait for memory and *quick*; once *slow* goes on, return which steps were left out where."""
+    with TieredCheckpointer.from_recipe(_recipe(Path(root) / f"node-{rank}", url, s3)) as checkpointer:
+        handles: list[SaveHandle] = []
+        for step in range(1, last + 1):
+            handle = checkpointer.maybe_save(step, _state(rank, float(step)))
+            assert handle is not None
+            handle.wait("memory")
+            if (step, quick) == (REFUSED, "cluster"):
+                assert raised(lambda handle=handle: handle.wait("cluster"))[0] == "TierRefusedError"
+            else:
+                handle.wait(quick)
+            handles.append(handle)
+        assert not handles[0].done(slow)
+        tell("saved")
+        pause()
+        handles[0].wait(slow)
+    return {name: [handle.step for handle in handles if handle.skipped(name)] for name in handles[0].tiers}
+
+
+def _run(*arguments: Any, let_go: Callable[[], object]) -> list[Any]:
+    job = start(WORLD, _save_all, *arguments)
+    assert [job.heard(rank) for rank in range(WORLD)] == ["saved"] * WORLD
+    let_go()
+    job.go()
+    ends = job.wait()
+    assert [end.status for end in ends] == [0] * WORLD, ends
+    return [end.value for end in ends]
+
+
+def test_saves_to_the_cluster_go_on_while_s3_hangs(
+    tmp_path: Path, daemon: StandInDaemon, s3: tuple[FaultProxy, dict[str, Any]]
+) -> None:
+    """One that the service refuses ends for all ranks, and S3 is as busy as before."""
+    proxy, tier = s3
+    proxy.restart(Rule(kind="half_open", match=("PUT ", ".distcp")))
+    daemon.restart(DaemonFault(kind="status", status=400, method="POST", path=rf"/\d*{REFUSED}$"))
+    left_out = _run(4, str(tmp_path), daemon.url, tier, "cluster", "s3", let_go=proxy.restart)
+    assert left_out == [{"memory": [], "cluster": [], "s3": [2, 3, 4]}] * WORLD
+
+
+def test_saves_to_s3_go_on_while_the_service_hangs(
+    tmp_path: Path, daemon: StandInDaemon, s3: tuple[FaultProxy, dict[str, Any]]
+) -> None:
+    daemon.restart(DaemonFault(kind="hang", method="POST", path=r"/\d*1$"))
+    left_out = _run(2, str(tmp_path), daemon.url, s3[1], "s3", "cluster", let_go=daemon.restart)
+    assert left_out == [{"memory": [], "cluster": [2], "s3": []}] * WORLD
