@@ -121,8 +121,8 @@ class _Line:
         ended_well = bool(self.reaches) and self.reaches[-1].leg.end == "finished"
         for reach in self.reaches:
             # Who begins afresh after a training that is over gives nothing up.
-            if reach.top > cut and not (step is None and ended_well):
-                start = max(reach.base, cut)
+            start = max(reach.base, cut)
+            if reach.top > start and not (step is None and ended_well):
                 from_at = reach.leg.ready_at + (start - reach.base)
                 yield Lost(leg=reach.leg.index, by=leg.index, from_at=from_at, secs=reach.top - start)
             reach.top = min(reach.top, max(cut, reach.base))

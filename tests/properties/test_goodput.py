@@ -227,6 +227,24 @@ def test_every_second_is_counted_once_and_under_its_name(run: Teller) -> None:
         assert lost.secs > 0
 
 
+def test_what_was_thrown_away_before_is_not_lost_once_more() -> None:
+    run = Teller(step_secs=0.5)
+    run.start()
+    run.train(1)
+    run.save(blocked=0.0, ack=0.0)
+    for steps, node in ((1, False), (1, False), (3, True)):
+        run.train(steps)
+        run.kill(down=0.0, node=node)
+        run.start(node_lost=node)
+    run.train(1)
+    assert [(lost.leg, lost.by, lost.secs) for lost in told(run)[1].lost] == [
+        (0, 1, 0.5),
+        (1, 2, 0.5),
+        (0, 3, 0.5),
+        (2, 3, 1.5),
+    ]
+
+
 @settings(max_examples=150, deadline=None)
 @given(runs(), st.randoms(use_true_random=False))
 def test_what_would_be_lost_at_any_time_is_the_work_since_the_newest_safe_step(
