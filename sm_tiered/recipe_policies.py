@@ -146,7 +146,8 @@ class _PolicySpec(Section):
             if data in cls.bare:
                 return {str(data): True}
             guess = closest(data, cls.known())
-            raise ConfigError(f"{shown(data)} is no policy", hint=f"Did you mean '{guess}'? {hint}" if guess else hint)
+            start = f"'{guess}' needs its value. " if guess == data else f"Did you mean '{guess}'? " if guess else ""
+            raise ConfigError(f"{shown(data)} is no policy", hint=start + hint)
         if isinstance(data, cls):
             return data
         if not isinstance(data, Mapping):

@@ -400,6 +400,7 @@ IN_RECIPES = [
         "64 exception in memory", "kind: memory, save: {any: [on_exception]}", "tiers.t.save", "the memory tier has it"
     ),
     keep("65 zero", "{latest: 0}", "tiers.t.keep.latest", "at least 1, got 0", "would delete every checkpoint"),
+    keep("65 name alone", "latest", "tiers.t.keep", "'latest' is no policy", "'latest' needs its value", "{latest: 3}"),
     keep("66 bool", "{latest: true}", "must be an integer, got True"),
     keep(
         "67 best without metric", "{best: {mode: min}}", "tiers.t.keep.best", "metric is missing", "best needs metric"

@@ -24,6 +24,7 @@ from sm_tiered.settings import Settings
 
 MEMORY = "memory: {kind: memory, path: /dev/shm, keep: {latest: 2}, save: %s}"
 LOCAL = "local: {kind: local, path: /tmp/durable, save: %s, keep: %s}"
+CLUSTER = "cluster: {kind: hyperpod, save: %s, keep: {latest: 2}}"
 S3 = "s3: {kind: s3, uri: s3://bucket/prefix, region: us-east-1, save: %s, keep: %s}"
 
 
@@ -94,6 +95,21 @@ def test_a_step_that_waited_goes_with_the_next_save_whatever_that_is_due_for(rec
     assert (steps(done, "local"), done.skipped["local"]) == ([5], [10])
     done = simulate(settings(path), assume(steps=20, **slow))
     assert (steps(done, "local"), done.skipped["local"]) == ([5, 20], [10])
+
+
+def test_the_cluster_s_memory_does_not_wait_for_storage_nor_storage_for_it(recipe: Callable[..., Path]) -> None:
+    path = recipe(
+        MEMORY % "{every_n_steps: 1}", CLUSTER % "{at_steps: [6, 25]}", LOCAL % ("{at_steps: [5, 26]}", "{latest: 2}")
+    )
+    done = simulate(settings(path), assume(steps=30, blocked_secs=0.001))
+    assert (steps(done, "cluster"), steps(done, "local")) == ([6, 25], [5, 26])
+    assert [round(planned.usable_at) for name in ("cluster", "local") for planned in done.planned[name]] == [
+        16,
+        35,
+        15,
+        36,
+    ]
+    assert done.skipped == {"cluster": [], "local": []}
 
 
 def test_the_last_save_does_not_wait_and_is_no_second_one(recipe: Callable[..., Path]) -> None:
