@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-__all__ = ["Group", "SoloGroup"]
+from sm_tiered.errors import TieredError, error_from_json, error_to_json, typed
+
+__all__ = ["Group", "SoloGroup", "all_or_none"]
 
 
 class Group(Protocol):
@@ -70,3 +72,20 @@ class SoloGroup:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def all_or_none(group: Group, action: Callable[[], None]) -> None:
+    """Run *action* on every rank of *group*; if it fails on one, raise on all. Collective."""
+    failure: TieredError | None = None
+    try:
+        action()
+    except Exception as error:  # whatever it is: a rank that left alone would let the others wait
+        failure = typed(error)
+    votes = group.gather(error_to_json(failure) if failure else None)
+    if failure is not None:
+        raise failure
+    for rank, vote in enumerate(votes):
+        if vote is not None:
+            error = error_from_json(vote)
+            error.rank = rank if error.rank is None else error.rank
+            raise error

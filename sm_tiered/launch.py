@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from sm_tiered.errors import ConfigError, NamespaceInUseError
-from sm_tiered.group import Group
+from sm_tiered.group import Group, all_or_none
 from sm_tiered.settings import MemorySettings, Settings
+from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.local import LocalTier
 from sm_tiered.tiers.memory import MemoryTier
 
-__all__ = ["agree_on_launch", "read_probe", "wait_for_others"]
+__all__ = ["agree_on_launch", "probe_local_tiers", "wait_for_others"]
 
 
 def agree_on_launch(settings: Settings, group: Group) -> str:
@@ -61,7 +63,25 @@ def wait_for_others(memory: MemoryTier, launch: str, wait_secs: float) -> None:
         time.sleep(0.05)
 
 
-def read_probe(name: str, tier: LocalTier, token: str) -> None:
+def probe_local_tiers(group: Group, durable: Mapping[str, Tier], token: str) -> None:
+    """See that every rank reads what rank 0 writes, or a directory tier is no shared one. Collective.
+
+    Raises:
+        ConfigError: one does not, on all ranks alike.
+    """
+    for name, tier in durable.items():
+        if not isinstance(tier, LocalTier):
+            continue
+        first = group.rank == 0
+        all_or_none(group, lambda tier=tier, first=first: tier.write_probe(token) if first else None)
+        try:
+            all_or_none(group, lambda name=name, tier=tier: _read_probe(name, tier, token))
+        finally:
+            if first:
+                tier.clear_probe(token)
+
+
+def _read_probe(name: str, tier: LocalTier, token: str) -> None:
     if not tier.read_probe(token):
         raise ConfigError(
             f"tier {name!r}: what rank 0 writes is not visible here",

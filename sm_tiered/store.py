@@ -12,15 +12,7 @@ from typing import Any
 
 from sm_tiered import event_files, layout, retention
 from sm_tiered.drainer import ensure_drainer
-from sm_tiered.errors import (
-    ConfigError,
-    TieredError,
-    TierError,
-    TierUnavailableError,
-    error_from_json,
-    error_to_json,
-    typed,
-)
+from sm_tiered.errors import ConfigError, TierError
 from sm_tiered.event_log import Events
 from sm_tiered.events import (
     DrainerStarted,
@@ -32,15 +24,15 @@ from sm_tiered.events import (
 )
 from sm_tiered.finish import Finisher
 from sm_tiered.generations import Generations
-from sm_tiered.group import Group, SoloGroup
+from sm_tiered.group import Group, all_or_none
 from sm_tiered.handout import remove_leftovers
 from sm_tiered.history import History, count_failures, extremes_of
-from sm_tiered.inventory import read_holding
-from sm_tiered.launch import agree_on_launch, read_probe, wait_for_others
+from sm_tiered.launch import agree_on_launch, probe_local_tiers, wait_for_others
 from sm_tiered.line import Line
+from sm_tiered.newest import newest_complete, unused_step
 from sm_tiered.queue import Queue
 from sm_tiered.records import CheckpointId
-from sm_tiered.resolve import Survey, Tiers, survey, unknown
+from sm_tiered.resolve import Survey, Tiers, survey
 from sm_tiered.restore import Restored, walk
 from sm_tiered.settings import MemorySettings, Settings
 from sm_tiered.sources import Place, Room
@@ -48,7 +40,6 @@ from sm_tiered.tiers import open_tier
 from sm_tiered.tiers.arena import Arena
 from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.budget import check_budget
-from sm_tiered.tiers.local import LocalTier
 from sm_tiered.tiers.memory import MemoryTier
 from sm_tiered.voted_load import Loader
 
@@ -98,7 +89,7 @@ class Store:
         """The ranks that share this node's memory, ascending."""
         self.over_budget = False
         """Whether the state has outgrown the recipe's budget for memory, on all ranks alike."""
-        self._probe_local_tiers()
+        probe_local_tiers(group, self.tiers.durable, self._launch)
         self.taken_over = self._orphans()
         """Ranks that are no more, whose files in this node's memory this rank looks after."""
         if memory is not None and group.rank == self.ranks_here[0]:
@@ -122,36 +113,8 @@ class Store:
         return memory
 
     def all_or_none(self, action: Callable[[], None]) -> None:
-        """Run *action* on every rank; if it fails on one, raise on all. Collective."""
-        failure: TieredError | None = None
-        try:
-            action()
-        except Exception as error:  # whatever it is: a rank that left alone would let the others wait
-            failure = typed(error)
-        votes = self.group.gather(error_to_json(failure) if failure else None)
-        if failure is not None:
-            raise failure
-        for rank, vote in enumerate(votes):
-            if vote is not None:
-                error = error_from_json(vote)
-                error.rank = rank if error.rank is None else error.rank
-                raise error
-
-    def _probe_local_tiers(self) -> None:
-        """Every rank must see what rank 0 writes, or a directory tier is no shared one."""
-        token = self._launch
-        for name, tier in self.tiers.durable.items():
-            if not isinstance(tier, LocalTier):
-                continue
-            if self.group.rank == 0:
-                self.all_or_none(lambda tier=tier: tier.write_probe(token))
-            else:
-                self.all_or_none(lambda: None)
-            try:
-                self.all_or_none(lambda name=name, tier=tier: read_probe(name, tier, token))
-            finally:
-                if self.group.rank == 0:
-                    tier.clear_probe(token)
+        """See `sm_tiered.group.all_or_none`. Collective."""
+        all_or_none(self.group, action)
 
     def _orphans(self) -> frozenset[int]:
         """Ranks that left files on this node and do not live here now; this rank takes over its share of them."""
@@ -273,22 +236,7 @@ class Store:
         Raises:
             TierUnavailableError: a durable tier did not answer, or an optional one where no other has anything.
         """
-        seen = self._survey(SoloGroup())
-        tiers, skipped = self.tiers.without(seen.skipped), dict(seen.skipped)
-        for checkpoint in seen.candidates:
-            if tiers.memory and read_holding(tiers.memory, checkpoint, durable=False).problem is None:
-                return checkpoint.step
-            for name, tier in tiers.durable.items():
-                try:
-                    if name not in skipped and read_holding(tier, checkpoint, durable=True).problem is None:
-                        return checkpoint.step
-                except TierUnavailableError as error:
-                    if name not in tiers.optional:
-                        raise
-                    skipped[name] = error.message
-        for name, reason in skipped.items():
-            raise unknown(name, reason)
-        return None
+        return newest_complete(self.tiers)
 
     def unused_step(self) -> int:
         """Return a step above all that any rank sees on any tier, complete or not. Collective.
@@ -296,13 +244,7 @@ class Store:
         Raises:
             TierUnavailableError: a durable tier did not answer.
         """
-        return 1 + max((checkpoint.step for checkpoint in self._survey(self.group).found), default=-1)
-
-    def _survey(self, group: Group) -> Survey:
-        found = survey(group, self.tiers)
-        for name, reason in found.unreachable.items():
-            raise TierUnavailableError(f"can't tell what is newest: {reason}", tier=name)
-        return found
+        return unused_step(self.group, self.tiers)
 
     # ---- saving
 
