@@ -19,6 +19,7 @@ from tests.distributed.dcp_jobs import pause, raised, recipe, s3_tier, start, te
 
 WORLD = 2
 REFUSED = 2
+UPLOADS_HANG = Rule(kind="half_open", match=("PUT ", ".distcp"))
 
 
 @pytest.fixture
@@ -36,10 +37,10 @@ def s3(s3_settings: S3Settings) -> Iterator[tuple[FaultProxy, dict[str, Any]]]:
         yield proxy, tier
 
 
-def _recipe(memory: Path, url: str, s3: dict[str, Any]) -> dict[str, Any]:
+def _recipe(memory: Path, url: str, storage: dict[str, Any]) -> dict[str, Any]:
     cluster = {"kind": "hyperpod", "url": url, "save": {"every_n_steps": 1}, "keep": {"latest": 9}}
     cluster |= {"request_timeout_secs": 3, "commit_deadline_secs": 45, "retry": {"attempts": 30, "deadline_secs": 45}}
-    tiers = {"cluster": cluster, "s3": {**s3, "save": {"every_n_steps": 1}}}
+    tiers = {"cluster": cluster, "storage": {**storage, "save": {"every_n_steps": 1}}}
     return recipe(memory, memory, memory={"keep": {"latest": 1}}, disk=None, tiers=tiers)
 
 
@@ -48,19 +49,22 @@ def _state(rank: int, value: float) -> dict[str, Any]:
 
 
 def _save_all(
-    rank: int, last: int, root: str, url: str, s3: dict[str, Any], quick: str, slow: str
+    rank: int, root: str, url: str, storage: dict[str, Any], quick: list[str], slow: str
 ) -> dict[str, list[int]]:
-    """Save every step and wait for memory and *quick*; once *slow* goes on, return which steps were left out where."""
-    with TieredCheckpointer.from_recipe(_recipe(Path(root) / f"node-{rank}", url, s3)) as checkpointer:
+    """Save as many steps as there are *quick* tiers, each time waiting for memory and that one.
+
+    Once *slow* goes on, return which steps were left out where.
+    """
+    with TieredCheckpointer.from_recipe(_recipe(Path(root) / f"node-{rank}", url, storage)) as checkpointer:
         handles: list[SaveHandle] = []
-        for step in range(1, last + 1):
+        for step, tier in enumerate(quick, start=1):
             handle = checkpointer.maybe_save(step, _state(rank, float(step)))
             assert handle is not None
             handle.wait("memory")
-            if (step, quick) == (REFUSED, "cluster"):
+            if (step, tier) == (REFUSED, "cluster"):
                 assert raised(lambda handle=handle: handle.wait("cluster"))[0] == "TierRefusedError"
             else:
-                handle.wait(quick)
+                handle.wait(tier)
             handles.append(handle)
         assert not handles[0].done(slow)
         tell("saved")
@@ -84,15 +88,29 @@ def test_saves_to_the_cluster_go_on_while_s3_hangs(
 ) -> None:
     """One that the service refuses ends for all ranks, and S3 is as busy as before."""
     proxy, tier = s3
-    proxy.restart(Rule(kind="half_open", match=("PUT ", ".distcp")))
+    proxy.restart(UPLOADS_HANG)
     daemon.restart(DaemonFault(kind="status", status=400, method="POST", path=rf"/\d*{REFUSED}$"))
-    left_out = _run(4, str(tmp_path), daemon.url, tier, "cluster", "s3", let_go=proxy.restart)
-    assert left_out == [{"memory": [], "cluster": [], "s3": [2, 3, 4]}] * WORLD
+    left_out = _run(str(tmp_path), daemon.url, tier, ["cluster"] * 4, "storage", let_go=proxy.restart)
+    assert left_out == [{"memory": [], "cluster": [], "storage": [2, 3, 4]}] * WORLD
 
 
-def test_saves_to_s3_go_on_while_the_service_hangs(
+def test_saves_to_storage_go_on_while_the_service_hangs(tmp_path: Path, daemon: StandInDaemon) -> None:
+    disk = {"kind": "local", "path": str(tmp_path / "disk"), "fsync": False, "keep": {"latest": 9}}
+    daemon.restart(DaemonFault(kind="hang", method="POST", path=r"/\d*1$"))
+    left_out = _run(str(tmp_path), daemon.url, disk, ["storage"] * 3, "cluster", let_go=daemon.restart)
+    assert left_out == [{"memory": [], "cluster": [2, 3], "storage": []}] * WORLD
+
+
+def test_while_both_hang_saves_go_on_in_memory(
     tmp_path: Path, daemon: StandInDaemon, s3: tuple[FaultProxy, dict[str, Any]]
 ) -> None:
-    daemon.restart(DaemonFault(kind="hang", method="POST", path=r"/\d*1$"))
-    left_out = _run(2, str(tmp_path), daemon.url, s3[1], "s3", "cluster", let_go=daemon.restart)
-    assert left_out == [{"memory": [], "cluster": [2], "s3": []}] * WORLD
+    proxy, tier = s3
+    proxy.restart(UPLOADS_HANG)
+    daemon.restart(DaemonFault(kind="hang", method="POST", path=r"/\d*2$"))
+
+    def let_go() -> None:
+        proxy.restart()
+        daemon.restart()
+
+    left_out = _run(str(tmp_path), daemon.url, tier, ["cluster", *["memory"] * 4], "storage", let_go=let_go)
+    assert left_out == [{"memory": [], "cluster": [3, 4, 5], "storage": [2, 3, 4, 5]}] * WORLD

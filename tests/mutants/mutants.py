@@ -11,6 +11,7 @@ NODES = "tests/properties/test_simulated_nodes.py"
 ONCE = "tests/properties/test_exactly_once.py"
 PROMISES = "tests/properties/test_promises.py"
 IN_PLACE = "tests/faults/test_in_place.py"
+LANES = "tests/distributed/test_lanes.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,34 @@ MUTANTS = (
         old="busy=busy,",
         new="busy=self._promotions.look().busy,",
         tests=(f"{NODES}::test_one_slow_node_holds_up_the_choice_on_all",),
+    ),
+    Mutant(
+        name="what fails in one lane makes the others seem free",
+        path="sm_tiered/agreement.py",
+        old="return busy - lane | self._names(agreed.draining_more) & lane",
+        new="return self._names(agreed.draining_more)",
+        tests=(LANES,),
+    ),
+    Mutant(
+        name="the cluster's memory waits for storage",
+        path="sm_tiered/settings.py",
+        old="        return 1\n",
+        new="        return 0\n",
+        tests=(LANES,),
+    ),
+    Mutant(
+        name="one thread drains all lanes",
+        path="sm_tiered/drainer.py",
+        old="_MOST_LANES = 16",
+        new="_MOST_LANES = 1",
+        tests=(LANES,),
+    ),
+    Mutant(
+        name="two lanes share the generation that one holds",
+        path="sm_tiered/settings.py",
+        old="max(1, len({tier.lane for tier in self.durable}))",
+        new="1",
+        tests=(LANES,),
     ),
     Mutant(
         name="a promotion that failed elsewhere stays in flight",
