@@ -330,6 +330,7 @@ class Saver:
 
     def quiesce(self) -> None:
         """Wait until the worker has done what was handed to it: it may read memory that a restore is about to free."""
+        self._store.check_process()  # a fork has no worker to wait for
         self._worker.quiesce(self._store.settings.group_timeout_secs)
 
     def wait(self, timeout_secs: float) -> None:

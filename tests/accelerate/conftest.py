@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import dcp_jobs
+from tests.scripts import preload
 
-_SLOW_TO_LOAD = (
+SLOW_TO_LOAD = (
     *("accelerate", "torchdata.stateful_dataloader", "sm_tiered_accelerate.attached"),
     *("transformers.trainer", "transformers.models.llama.modeling_llama"),
 )
@@ -17,4 +17,4 @@ _SLOW_TO_LOAD = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Loading them takes seconds: once, where any of these tests is to be run."""
     if any(Path(__file__).parent in item.path.parents for item in items):
-        dcp_jobs._PRELOADED = (*dcp_jobs._PRELOADED, *_SLOW_TO_LOAD)
+        preload(*SLOW_TO_LOAD)

@@ -75,6 +75,11 @@ def _dcp_phases(rank: int, which: dict[str, Any], phases: dict[str, tuple[int, .
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
+    from sm_tiered import streaming
+
+    # So long the others leave a commit to the first rank, and wait for it when they close.
+    streaming.TAKEOVER_SECS = 3.0
+
     def save(step: int, value: float, planner: Any = None) -> None:
         # Named tiers are queued even behind the step that failed, which the drainers give up in a moment.
         writer = TieredStorageWriter(which, step=step, tiers=tuple(which["tiers"]))

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 from tests.distributed.dcp_jobs import recipe
+from tests.scripts import preload
+
+LIGHTNING = ("lightning.pytorch", "torchdata.stateful_dataloader", "sm_tiered_lightning.callback")
+"""What takes seconds to load."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,6 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
+            preload(*LIGHTNING)  # for the ranks that launches would have
             for kind in ("UserWarning", "DeprecationWarning", "FutureWarning"):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"), append=False)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.distributed.dcp_jobs import bits, recipe, steps
+from tests.scripts import run_script
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ ALL = [(2, "term", 3), (5, "kill", 4), (7, "raise", 6)]
 class Job:
     """One training, launch after launch."""
 
-    def __init__(self, root: Path, memory: Path, strategy: str, s3: S3Client | None = None) -> None:
+    def __init__(
+        self, root: Path, memory: Path, strategy: str, s3: S3Client | None = None, *, forked: bool = False
+    ) -> None:
+        self.forked = forked
         self.out, self.disk, self.memory, self.strategy = root / "out", root / "disk", memory, strategy
         self.s3 = s3
         self.devices = 1 if strategy == "auto" else 2
@@ -48,12 +52,18 @@ class Job:
     def launch(self, cut_at: int | None = None, how: str = "kill") -> str:
         """Train to the end, or until it is cut; return what was printed."""
         cut = [cut_at, how] if cut_at is not None else []
-        command = [sys.executable, str(JOB), self.out, self.recipe, STEPS, self.devices, self.strategy, *cut]
+        arguments = [self.out, self.recipe, STEPS, self.devices, self.strategy, *cut]
+        wanted = ENDS[how] if cut else 0
+        if self.forked:
+            ran = run_script(JOB, *arguments, cwd=self.recipe.parent, ranks=self.devices if self.devices > 1 else 0)
+            assert ran.statuses == [wanted] * self.devices, ran.printed[-3000:]
+            return ran.printed
+        command = [sys.executable, JOB, *arguments]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}"}
         done = subprocess.run(
             list(map(str, command)), env=environment, capture_output=True, text=True, timeout=100, check=False
         )
-        assert done.returncode == (ENDS[how] if cut else 0), done.stderr[-3000:]
+        assert done.returncode == wanted, done.stderr[-3000:]
         return done.stdout + done.stderr
 
     def losses(self) -> list[dict[str, str]]:
@@ -100,25 +110,35 @@ def same(one: Job, other: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "cuts", "tier"),
+    ("strategy", "cuts", "tier", "forked"),
     [
-        ("auto", KILLS[:1], "s3"),
-        ("ddp", KILLS, "disk"),
-        pytest.param("ddp", ALL, "disk", marks=pytest.mark.long),
-        pytest.param("auto", KILLS, "s3", marks=pytest.mark.long),
-        pytest.param("fsdp2", KILLS, "s3", marks=pytest.mark.long),
-        pytest.param("auto", ALL, "disk", marks=pytest.mark.long),
-        pytest.param("ddp", KILLS, "s3", marks=pytest.mark.long),
-        pytest.param("ddp", ALL, "s3", marks=pytest.mark.long),
-        pytest.param("fsdp2", ALL, "s3", marks=pytest.mark.long),
+        ("auto", KILLS, "s3", True),
+        ("ddp", KILLS, "disk", True),
+        ("fsdp2", KILLS[:1], "disk", True),
+        pytest.param("ddp", ALL, "disk", False, marks=pytest.mark.long),
+        pytest.param("auto", KILLS, "s3", False, marks=pytest.mark.long),
+        pytest.param("fsdp2", KILLS, "s3", False, marks=pytest.mark.long),
+        pytest.param("auto", ALL, "disk", False, marks=pytest.mark.long),
+        pytest.param("ddp", KILLS, "s3", False, marks=pytest.mark.long),
+        pytest.param("ddp", KILLS, "disk", False, marks=pytest.mark.long),
+        pytest.param("ddp", ALL, "s3", False, marks=pytest.mark.long),
+        pytest.param("fsdp2", ALL, "s3", False, marks=pytest.mark.long),
     ],
 )
 def test_a_training_that_was_cut_goes_on_bit_for_bit(
-    tmp_path: Path, memory_dir: Path, s3_client: S3Client, strategy: str, cuts: list[tuple[int, str, int]], tier: str
+    tmp_path: Path,
+    memory_dir: Path,
+    s3_client: S3Client,
+    strategy: str,
+    cuts: list[tuple[int, str, int]],
+    tier: str,
+    forked: bool,
 ) -> None:
     s3 = s3_client if tier == "s3" else None
     own = uuid4().hex[:8]  # names of buckets, too
-    plain, cut = (Job(tmp_path / f"{own}-{name}", memory_dir / name, strategy, s3) for name in ("plain", "cut"))
+    plain, cut = (
+        Job(tmp_path / f"{own}-{name}", memory_dir / name, strategy, s3, forked=forked) for name in ("plain", "cut")
+    )
     plain.launch()
     for step, how, newest in cuts:
         cut.launch(step, how)

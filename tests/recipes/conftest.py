@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
 
 from sm_tiered.testing.daemon import StandInDaemon
+from tests.accelerate.conftest import SLOW_TO_LOAD
+from tests.lightning.conftest import LIGHTNING
+from tests.scripts import preload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the scripts' ranks are forked from has loaded all frameworks, where any of these tests is to be run."""
+    if any(Path(__file__).parent in item.path.parents for item in items):
+        preload(*LIGHTNING, *SLOW_TO_LOAD)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.recipes.test_lightning_recipes import RECIPES, ROOT, adapted
+from tests.recipes.test_lightning_recipes import RECIPES, ROOT, adapted, train_forked
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -43,6 +43,7 @@ def test_it_goes_on_from_s3_after_the_node_is_lost(tmp_path: Path, memory_dir: P
     s3_client.create_bucket(Bucket="accelerate-recipes")
     at = f"endpoint_url: {s3_client.meta.endpoint_url}\n    allow_http: true\n    force_path_style: true"
     recipe = adapted("accelerate.yaml", tmp_path, memory_dir, **{"uri:": f"{at}\n    region: us-east-1\n    uri:"})
-    assert "begins at step 0" in train(recipe, 12)
+    given = {"CHECKPOINTS": "s3://accelerate-recipes/runs", "ACCELERATE_USE_CPU": "true"}
+    assert "begins at step 0" in train_forked("train_with_accelerate.py", recipe, 12, ranks=0, **given)
     shutil.rmtree(memory_dir)
     assert "begins at step 12" in train(recipe, 14)

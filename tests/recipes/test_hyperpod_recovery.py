@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,22 +45,31 @@ def cluster_steps(service: StandInDaemon, namespace: str) -> list[int]:
     return sorted(checkpoint.step for checkpoint in found)
 
 
-def let_drain(run: Launch, env: dict[str, str]) -> None:
-    """Give the drainer the cores until it has brought away what it was given, or has to wait for a rank's share."""
-    queue = Path(env["CHECKPOINT_MEMORY"]) / env["TRAINING_JOB_NAME"] / ".queue"
-    with run.paused(), suppress(AssertionError):
-        wait_until(lambda: not list(queue.glob("*step_*")), "the drainer is not done", secs=3)
+def let_drain(run: Launch, env: dict[str, str], enough: Callable[[], object]) -> None:
+    """Give the drainer the cores until *enough* is there, nothing is left, or it has to wait for a rank's share."""
+    queue, left, end = Path(env["CHECKPOINT_MEMORY"]) / env["TRAINING_JOB_NAME"] / ".queue", set[Path](), 0.0
+    with run.paused():
+        while not enough() and (found := set(queue.glob("*step_*"))):
+            if found != left:
+                left, end = found, time.monotonic() + 1.5
+            if time.monotonic() > end:
+                return
+            time.sleep(0.1)
 
 
 def train_until_the_cluster_has_more(
     run: Launch, service: StandInDaemon, client: S3Client, env: dict[str, str]
 ) -> None:
     """Train until S3 has a step and the cluster a later one, and kill all."""
+
+    def has_more() -> bool:
+        durable = s3_steps(client, env["CHECKPOINTS"])
+        return bool(durable) and cluster_steps(service, env["TRAINING_JOB_NAME"])[-1:] > durable[-1:]
+
     run.reach(50)
     for _ in range(40):
-        let_drain(run, env)
-        durable = s3_steps(client, env["CHECKPOINTS"])
-        if durable and cluster_steps(service, env["TRAINING_JOB_NAME"])[-1:] > durable[-1:]:
+        let_drain(run, env, has_more)
+        if has_more():
             run.kill()
             return
         run.reach(max(run.losses()) + 10)
@@ -78,7 +88,7 @@ def test_a_node_is_lost_and_the_newest_tenth_step_is_in_the_clusters_memory(
     assert newest > durable
     with launched(tmp_path, RECIPE, MANY, env=env) as second:
         second.reach(newest + 20)
-        let_drain(second, env)
+        let_drain(second, env, lambda: cluster_steps(service, name)[-1:] > [newest])
         second.kill()
     assert second.restored() == (newest, "cluster")
     assert repeats(first.losses(), second.losses())
@@ -91,7 +101,7 @@ def test_a_node_is_lost_and_the_newest_tenth_step_is_in_the_clusters_memory(
         fourth.reach(expected + 10)
         # What is saved from now on is in the cluster's memory again.
         while not cluster_steps(service, name):
-            let_drain(fourth, env)
+            let_drain(fourth, env, lambda: cluster_steps(service, name))
             fourth.reach(max(fourth.losses()) + 10)
         fourth.kill()
     step, tier = fourth.restored()

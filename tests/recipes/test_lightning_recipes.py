@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.scripts import run_script
+
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
@@ -28,6 +30,14 @@ def adapted(name: str, folder: Path, memory: Path, **changes: str) -> Path:
     copy = folder / name
     copy.write_text(text)
     return copy
+
+
+def train_forked(script: str, recipe: Path, steps: int, *, ranks: int, **environment: str) -> str:
+    """Run a recipe's script on ranks that are there already, as under torchrun; return what it printed."""
+    arguments = ("--small", "--recipe", recipe, "--steps", steps)
+    ran = run_script(RECIPES / script, *arguments, cwd=recipe.parent, env=environment, ranks=ranks)
+    assert ran.statuses == [0] * max(1, ranks), ran.printed[-3000:]
+    return ran.printed
 
 
 def train(recipe: Path, steps: int, **environment: str) -> str:
@@ -58,6 +68,6 @@ def test_fsdp2_goes_on_from_s3_after_the_node_is_lost(tmp_path: Path, memory_dir
     s3_client.create_bucket(Bucket="lightning-recipes")
     at = f"endpoint_url: {s3_client.meta.endpoint_url}\n    allow_http: true\n    force_path_style: true"
     recipe = adapted("lightning_fsdp2.yaml", tmp_path, memory_dir, **{"uri:": f"{at}\n    region: us-east-1\n    uri:"})
-    train(recipe, 12, CHECKPOINTS="s3://lightning-recipes/runs")
+    train_forked("lightning_fsdp2.py", recipe, 12, ranks=2, CHECKPOINTS="s3://lightning-recipes/runs")
     shutil.rmtree(memory_dir)
     assert "step 12 restored from s3" in train(recipe, 14, CHECKPOINTS="s3://lightning-recipes/runs")

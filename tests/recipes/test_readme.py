@@ -15,6 +15,7 @@ import pytest
 
 from sm_tiered.handle import SaveHandle
 from sm_tiered.recipe import Recipe
+from tests.scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,6 +66,14 @@ def run(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+def run_forked(folder: Path, program: str) -> None:
+    """Run a program as the README's reader would, but for the seconds in which its framework is loaded."""
+    path = folder / "training.py"
+    path.write_text(program)
+    ran = run_script(path, cwd=folder)
+    assert ran.statuses == [0], ran.printed
+
+
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.timeout(280)
 def test_the_code_and_the_commands_do_what_they_say(folder: Path) -> None:
@@ -98,29 +107,29 @@ def test_the_code_and_the_commands_do_what_they_say(folder: Path) -> None:
 def test_the_lightning_training_goes_on_from_its_last_step(folder: Path) -> None:
     training = code("Lightning")
     assert "tiered://step/50" in training
-    run(folder, sys.executable, "-c", training)
+    run_forked(folder, training)
     longer = training.replace("max_steps=60", "max_steps=80")
-    run(folder, sys.executable, "-c", f"{longer}\nassert trainer.global_step == 80\n")
-    run(folder, sys.executable, "-c", f"{longer.replace('latest', 'step/50')}\nassert trainer.global_step == 80\n")
+    run_forked(folder, f"{longer}\nassert trainer.global_step == 80\n")
+    run_forked(folder, f"{longer.replace('latest', 'step/50')}\nassert trainer.global_step == 80\n")
 
 
 @pytest.mark.timeout(280)
 def test_the_accelerate_training_ends_where_it_was_saved(folder: Path) -> None:
     # That it goes on from there: test_accelerate_recipe.py.
     training = code("Accelerate")
-    run(folder, sys.executable, "-c", f"{training}\nassert step == 100\nassert tiered.restored.step == 100\n")
+    run_forked(folder, f"{training}\nassert step == 100\nassert tiered.restored.step == 100\n")
 
 
 @pytest.mark.timeout(280)
 def test_the_hugging_face_training_goes_on_from_its_last_step(folder: Path) -> None:
     training = code("Hugging Face Trainer")
-    run(folder, sys.executable, "-c", training)
+    run_forked(folder, training)
     resumed = "trainer.train(resume_from_checkpoint=tiered.resolve())"
     asked = (
         "found = tiered.resolve()\nassert found.endswith('/checkpoint-60')\ntrainer.train(resume_from_checkpoint=found)"
     )
     longer = training.replace("max_steps=60", "max_steps=80").replace(resumed, asked)
-    run(folder, sys.executable, "-c", f"{longer}\nassert trainer.state.global_step == 80\n")
+    run_forked(folder, f"{longer}\nassert trainer.state.global_step == 80\n")
 
 
 def test_the_recipe_is_one_and_says_what_the_comments_say() -> None:

@@ -120,20 +120,28 @@ def ranks_disagree(rig: Rig) -> str:
     return f"ranks hold steps {steps[0]} and {steps[1]}"
 
 
+def _shards(rig: Rig) -> list[bytes]:
+    """What the newest attempt at step 10, or the one before where it has none, has in S3 of either rank."""
+    return [rig.read(rig.shard(10, rank)) for rank in range(2)]
+
+
 def overwritten_in_place(rig: Rig) -> str:
     """d12: a second run saves the same step and dies between the shards of its two ranks."""
     side = rig.side(2, s3=True)
     rig.save(side, {10: (1.0, True)})
     rig.lose_memory()
-    before = rig.read(rig.shard(10, 0))
+    before = _shards(rig)
+    # The second of the two is held: ours drains them in any order, the predecessor's rank 1 may not overwrite its own.
     rig.proxy.restart(
-        Rule(kind="half_open", match=("PUT", "__1_0.distcp")), Rule(kind="half_open", match=("PUT", "rank_1/"))
+        Rule(kind="half_open", match=("PUT", "_0.distcp"), first=2), Rule(kind="half_open", match=("PUT", "rank_1/"))
     )
     job = dcp_jobs.start(2, save_steps, side, {10: (2.0, True)})
     end = time.monotonic() + PATIENCE_SECS
-    while (rig.read(rig.shard(10, 0)) == before or not rig.proxy.fired) and time.monotonic() < end:
+    while (_shards(rig) == before or not rig.proxy.fired) and time.monotonic() < end:
         time.sleep(0.05)
-    assert rig.proxy.fired, "rank 1 never got as far as its shard"
+    assert rig.proxy.fired, "no rank ever got as far as the second shard"
+    written = [rank for rank, (was, now) in enumerate(zip(before, _shards(rig), strict=True)) if was != now]
+    assert written in ([0], [1]), f"the run wrote the shards of ranks {written}"
     job.kill()
     job.wait()
     rig.lose_memory()
