@@ -65,7 +65,7 @@ def try_commit(tier: Tier, checkpoint: CheckpointId, *, world: int, compose: Com
 
 def _standing(tier: Tier, checkpoint: CheckpointId, *, anew: bool = False) -> Outcome | None:
     if anew and isinstance(tier, ShareTier):
-        # Nobody writes a manifest there, so this is the commit: what was seen a while ago may be gone.
+        # The shares are the commit there, and a manifest only tells of it: what was seen a while ago may be gone.
         return Outcome.COMMITTED if tier.confirm(checkpoint) else None
     manifest = read_manifest(tier, checkpoint)
     if manifest is None:

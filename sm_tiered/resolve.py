@@ -27,6 +27,7 @@ from sm_tiered.manifest import attempt_record_from_json, attempt_record_to_json,
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Record
 from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.memory import MemoryTier
+from sm_tiered.tiers.shares import one_pass
 
 __all__ = ["Candidate", "Survey", "Tiers", "assemble", "survey", "unknown", "unreachable"]
 
@@ -136,9 +137,10 @@ def _view(tiers: Tiers, *, ask_durable: bool) -> dict[str, Any]:
         asked |= tiers.durable
     for name, tier in asked.items():
         try:
-            checkpoints[name] = [layout.checkpoint_dir(checkpoint) for checkpoint in list_checkpoints(tier)]
-            seen += [str(attempt) for attempt in list_attempts(tier)]
-            good, bad = read_attempts(tier)
+            with one_pass(tier):
+                checkpoints[name] = [layout.checkpoint_dir(checkpoint) for checkpoint in list_checkpoints(tier)]
+                seen += [str(attempt) for attempt in list_attempts(tier)]
+                good, bad = read_attempts(tier)
             attempts += [attempt_record_to_json(record).decode() for record in good.values()]
             damaged += map(str, bad)
         except TierError as error:

@@ -19,7 +19,7 @@ from sm_tiered.policies.context import CommittedCheckpoint
 from sm_tiered.policies.keep import KeepPolicy, ask_keep
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Manifest
 from sm_tiered.tiers.base import Tier
-from sm_tiered.tiers.shares import ShareTier
+from sm_tiered.tiers.shares import ShareTier, one_pass
 
 __all__ = ["TOMBSTONE_SECS", "Kept", "Plan", "apply", "plan", "would_keep"]
 
@@ -99,12 +99,19 @@ def plan(
     committed one, what is known to be *in_flight*, and what was never committed and was written to less than
     *in_flight_secs* before the newest, by the tier's own clock.
     """
+    with one_pass(tier):
+        return _plan(tier, keep, attempt, in_flight_secs, in_flight)
+
+
+def _plan(
+    tier: Tier, keep: KeepPolicy, attempt: Attempt, in_flight_secs: float, in_flight: Collection[CheckpointId]
+) -> Plan:
     listed = list_checkpoints(tier)
-    manifests = {checkpoint: _manifest(tier, checkpoint) for checkpoint in listed}
     attempts, damaged = read_attempts(tier)
     newest_attempt = max([*list_attempts(tier), *(c.attempt for c in listed), attempt])
     if newest_attempt != attempt:
         return Plan(newer=newest_attempt)
+    manifests = _manifests(tier, listed, keep)
     found = _Found(listed=tuple(listed), manifests=manifests, attempts=attempts, pins=pinned(tier))
     committed = found.committed
     if not any(c.attempt == attempt for c in committed):
@@ -184,7 +191,8 @@ def _drop(tier: ShareTier, chosen: Plan, told: Callable[[CheckpointId], None] | 
 
 def would_keep(tier: Tier, keep: KeepPolicy, newcomer: CommittedCheckpoint) -> bool:
     """Return whether *keep* would let *newcomer* stay among what is committed on *tier* now."""
-    manifests = {c: m for c in list_checkpoints(tier) if (m := _manifest(tier, c)) is not None and not m.tombstone}
+    found = {checkpoint: _manifest(tier, checkpoint, confirm=True) for checkpoint in list_checkpoints(tier)}
+    manifests = {c: m for c, m in found.items() if m is not None and not m.tombstone}
     facts = {c: CommittedCheckpoint(checkpoint=c, saved_at=m.saved_at, metrics=m.metrics) for c, m in manifests.items()}
     facts[newcomer.checkpoint] = newcomer
     ordered = sorted(facts)
@@ -201,10 +209,26 @@ def _overtaken(tier: Tier, chosen: Plan) -> bool:
     return asking is not None and any(attempt > asking for attempt in list_attempts(tier))
 
 
-def _manifest(tier: Tier, checkpoint: CheckpointId) -> Manifest | None:
+def _manifests(tier: Tier, listed: Iterable[CheckpointId], keep: KeepPolicy) -> dict[CheckpointId, Manifest | None]:
+    """Read the manifests. On a `ShareTier` what *keep* wants is asked for anew, share by share.
+
+    What is no longer whole must not count among what is kept; what goes anyway need not be whole.
+    """
+    found = {checkpoint: _manifest(tier, checkpoint) for checkpoint in listed}
+    asked = set[CheckpointId]()
+    while isinstance(tier, ShareTier):
+        committed = [c for c, m in found.items() if m is not None and not m.tombstone]
+        anew = sorted(_wanted(committed, found, keep) - asked)
+        if not anew:
+            break
+        found.update({checkpoint: _manifest(tier, checkpoint, confirm=True) for checkpoint in anew})
+        asked.update(anew)
+    return found
+
+
+def _manifest(tier: Tier, checkpoint: CheckpointId, *, confirm: bool = False) -> Manifest | None:
     try:
-        # Asked anew: what is no longer whole must not count among what is kept.
-        gone = isinstance(tier, ShareTier) and not tier.confirm(checkpoint)
+        gone = isinstance(tier, ShareTier) and not tier.confirm(checkpoint) if confirm else False
         return None if gone else read_manifest(tier, checkpoint)
     except (FormatError, CorruptPartError):
         # Damaged or newer than this release: not ours to judge, so not ours to delete.

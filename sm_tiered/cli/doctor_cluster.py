@@ -118,7 +118,7 @@ def _namespaces(service: HyperPodService, tier: Tier, settings: HyperPodSettings
     mine = list_checkpoints(tier)
     others = _of_others(service, index, members)
     for place, member in enumerate(members):
-        room = f"{member.name} has {member.ranks} slots, {member.ranks - 1} of them for ranks, and keeps "
+        room = f"{member.name} has {member.ranks} slots, for up to {member.ranks - 1} ranks, and keeps "
         room += f"{member.kept} {'step' if member.kept == 1 else 'steps'} of each"
         if member.kept >= need and member.name not in others:
             yield ok(name, "namespace", room)

@@ -1,12 +1,14 @@
 """The in-memory checkpoint service of a SageMaker HyperPod cluster as a tier of shares.
 
 It keeps one blob for each namespace, rank and step, and nothing else: no listing by name, no ranges, no conditions.
-What a directory would hold (records, parts, the manifest, records of attempts) is shown out of the shares.
+What a directory would hold (records, parts, records of attempts) is shown out of the shares. A checkpoint is committed
+once all of them stand there; a manifest, written to a slot of its own then, spares those who ask the look at each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from secrets import randbelow, token_bytes
 
 from sm_tiered import layout
@@ -15,7 +17,9 @@ from sm_tiered.manifest import MAX_BYTES
 from sm_tiered.records import Attempt, CheckpointId
 from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers.base import Blob, Chunks, Entry
+from sm_tiered.tiers.hyperpod_commits import Commits
 from sm_tiered.tiers.hyperpod_index import Index
+from sm_tiered.tiers.hyperpod_looks import asking_once
 from sm_tiered.tiers.hyperpod_read import ShareReader
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
 from sm_tiered.tiers.hyperpod_view import View
@@ -34,8 +38,9 @@ class HyperPodTier:
         self._service = HyperPodService(settings)
         self._index = Index(self._service, settings, self._namespace)
         self._reader = ShareReader(self._service, settings)
-        self._whole = Whole(self._index, settings, self._namespace)
-        self._writer = Writer(self._service, self._index, self._whole, settings, self._namespace)
+        commits = Commits(self._service, self._index)
+        self._whole = Whole(self._index, commits, settings, self._namespace)
+        self._writer = Writer(self._service, self._index, commits, self._whole, settings, self._namespace)
         self._view = View(self._index, self._whole, self._reader, tier=settings.name)
 
     @property
@@ -45,10 +50,12 @@ class HyperPodTier:
 
     def list(self, prefix: str) -> list[Entry]:
         """See `Tier.list`; times are those of who sent a share, by its clock."""
+        self._reader.let_go()
         return self._view.list(prefix)
 
     def list_dirs(self, prefix: str) -> Sequence[str]:
         """See `Tier.list_dirs`."""
+        self._reader.let_go()
         return self._view.list_dirs(prefix)
 
     def get(self, key: str, *, max_bytes: int = MAX_BYTES) -> Blob:
@@ -69,14 +76,21 @@ class HyperPodTier:
 
     def put_share(self, share: Share) -> None:
         """See `ShareTier.put_share`. Shares of older checkpoints that were never whole make room for it."""
+        self._reader.let_go()
         self._writer.put_share(share)
 
     def confirm(self, checkpoint: CheckpointId) -> bool:
         """See `ShareTier.confirm`."""
+        self._reader.let_go()
         return self._whole.confirm(checkpoint)
+
+    def asking_once(self) -> AbstractContextManager[None]:
+        """See `ShareTier.asking_once`."""
+        return asking_once()
 
     def drop(self, checkpoint: CheckpointId) -> None:
         """See `ShareTier.drop`."""
+        self._reader.let_go()
         self._writer.drop(checkpoint)
 
     def put_if_absent(self, key: str, data: bytes) -> None:

@@ -56,7 +56,7 @@ class Attempts:
         if found is not None or not record.chosen or not chain.members():
             return found
         # How many ranks there will be is not known: as many as there were, most likely.
-        world = max(1, self._index.most_ranks())
+        world = self._index.likely_ranks()
         return chain.home(attempt, world=world, slot=None, empty=lambda member: self._room.empty(member, attempt))
 
     def delete(self, attempt: Attempt) -> None:

@@ -64,6 +64,26 @@ class Chain:
             self._members = tuple(member for member in self._places if member is not None)
         return self._members
 
+    def steps(self) -> dict[Namespace, list[int]]:
+        """Ask which namespaces are there, and which steps each has.
+
+        Those that were there last are asked for their steps while it is asked whether they still are: that is one round
+        trip.
+        """
+        listed = dict[Namespace, list[int]]()
+
+        def ask(member: Namespace | None) -> None:
+            if member is None:
+                self.members(fresh=True)
+            else:
+                listed[member] = self._service.latest(member)
+
+        secs = self._service.call_secs
+        each(ask, [None, *(self._members or ())], secs=2 * secs)
+        members = self.members()
+        each(ask, [member for member in members if member not in listed], secs=secs)
+        return {member: listed[member] for member in members}
+
     def _ask(self, known: int, absent: int) -> list[Namespace | None]:
         """Return what stands under the first *known* names, and on, until *absent* in a row are not there."""
         found: list[Namespace | None] = []
@@ -157,7 +177,8 @@ class Chain:
             hint = "Delete namespaces that are no longer needed, or take another namespace for the run."
             message = f"the run has {len(members)} namespaces already, none of which takes {world} ranks"
             raise TierRefusedError(message, hint=hint, tier=self._service.tier)
-        made = self._service.create(name, ranks=world + 1, kept=self._kept)
+        # Behind the slots of ranks: one for manifests, and one for records of attempts.
+        made = self._service.create(name, ranks=world + 2, kept=self._kept)
         found = self._service.describe(name)
         if found is None:
             raise TierUnavailableError(f"namespace {name} was made and is not there", tier=self._service.tier)
@@ -165,7 +186,7 @@ class Chain:
             with suppress(TierError):  # else each save would leave one more
                 self._service.remove(name)
             message = (
-                f"namespace {name} was made for {world + 1} slots of {self._kept} steps; the service gave it "
+                f"namespace {name} was made for {world + 2} slots of {self._kept} steps; the service gave it "
                 f"{found.ranks} slots of {found.kept}"
             )
             raise TierRefusedError(message, hint="Let the tier keep fewer checkpoints.", tier=self._service.tier)

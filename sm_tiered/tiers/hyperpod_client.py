@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -36,6 +37,7 @@ _ENABLE = (
 
 _MAX_ANSWER_BYTES = 1024 * 1024
 _RECEIVE_BYTES = 1024 * 1024
+_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 _SHORTEST_SECS = 0.01
 """A timeout of nothing would mean none."""
 
@@ -65,6 +67,10 @@ class _Progress:
             me.connect()
         me.timeout = max(_SHORTEST_SECS, deadline.remaining(self.progress_secs))
         super().request(*args, **kwargs)  # type: ignore[misc]
+        if _QUICKACK is not None and me.sock is not None:
+            # A server that sends the head of an answer by itself may wait for its acknowledgement before the rest.
+            with suppress(OSError):
+                me.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
 
 
 class _Http(_Progress, HTTPConnection):

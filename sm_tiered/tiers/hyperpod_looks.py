@@ -1,16 +1,21 @@
-"""Many looks at the HyperPod service at once: each costs a round trip, and a checkpoint has as many as ranks."""
+"""Looks at the HyperPod service: many at once, and none twice where one pass needs an answer in several places.
+
+Each costs a round trip, and a checkpoint has as many as ranks.
+"""
 
 from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar, cast
 
 from sm_tiered import deadline
 from sm_tiered.errors import TierUnavailableError
 
-__all__ = ["LOOK_BYTES", "THREADS", "each"]
+__all__ = ["LOOK_BYTES", "THREADS", "asking_once", "each", "once", "unsay"]
 
 THREADS = 8
 """As many requests are under way at the most; the client keeps as many connections."""
@@ -22,6 +27,36 @@ _GRACE_SECS = 1.0
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+
+_answers: ContextVar[dict[Hashable, object] | None] = ContextVar("answers", default=None)
+"""What was asked since the pass began, in whichever thread of it; None: there is no pass."""
+
+
+@contextmanager
+def asking_once() -> Generator[None, None, None]:
+    """Within it, `once` asks each question once. It begins with no answers, so nothing older is believed."""
+    token = _answers.set({})
+    try:
+        yield
+    finally:
+        _answers.reset(token)
+
+
+def once(question: Hashable, ask: Callable[[], _T]) -> _T:
+    """Return the answer that *question* had in this pass, else that of *ask*."""
+    answers = _answers.get()
+    if answers is None:
+        return ask()
+    if question not in answers:
+        answers[question] = ask()
+    return cast(_T, answers[question])
+
+
+def unsay(question: Hashable) -> None:
+    """Ask *question* anew the next time: who asks has changed what the answer was about."""
+    answers = _answers.get()
+    if answers is not None:
+        answers.pop(question, None)
 
 
 def each(

@@ -2,7 +2,7 @@
 
 Who reads in order receives a share once. Who goes back and forth begins anew each time; when a share was received
 twice that way, it goes to a temporary file without a name. So does one that was left in the middle because others were
-read meanwhile, as soon as it is read again.
+read meanwhile, as soon as it is read again. Who looked at a share because it is to be read leaves it open here.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ class _Cursor:
         self._at = 0
         self._received = 0
         self._interrupted = False
+        self._is_unread = False
         self._file: IO[bytes] | None = None
         self._no_file = False
 
     def read(self, offset: int, view: memoryview) -> None:
         """Fill *view* from byte *offset* of the share on."""
         with self._lock:
+            self._is_unread = False
             again = self._interrupted or self._received > 2 * self.head.size
             if self._file is None and self._begins_anew(offset) and again:
                 self._spool()
@@ -65,13 +67,26 @@ class _Cursor:
                 if self._at == self.head.size:  # whoever reads on begins anew
                     self._leave()
 
-    def rest(self) -> None:
-        """Let go of the connection: others are read. One that is being read is left alone."""
+    def adopt(self, body: Body) -> None:
+        """Go on with *body*, of which header and record were received."""
+        with self._lock:
+            at = self.head.record.offset + self.head.record.size
+            if self._body is not None or self._file is not None or at == self.head.size:
+                body.close()
+                return
+            self._body, self._at, self._is_unread = body, at, True
+            self._received += at
+
+    def rest(self, *, unread: bool = False) -> None:
+        """Let go of the connection: others are read. One that is being read is left alone.
+
+        *unread*: only where nothing was read since the look at the share.
+        """
         if not self._lock.acquire(blocking=False):
             return
         try:
-            if self._body is not None:
-                self._interrupted = True
+            if self._body is not None and (self._is_unread or not unread):
+                self._interrupted |= not self._is_unread
                 self._leave()
         finally:
             self._lock.release()
@@ -192,6 +207,19 @@ class ShareReader:
             CorruptPartError: another one stands there, or it ends early.
         """
         self._cursor(slot, head).read(offset, view)
+
+    def adopt(self, slot: Slot, head: Head, body: Body) -> None:
+        """Keep *body*, of which header and record were received, for the read that is about to come."""
+        self._cursor(slot, head).adopt(body)
+
+    def let_go(self) -> None:
+        """Let go of what was left open for a read that did not come: the service holds a whole share for it."""
+        if self._pid != os.getpid():
+            self._forget_parent()
+        with self._lock:
+            cursors = list(self._cursors.values())
+        for cursor in cursors:
+            cursor.rest(unread=True)
 
     def close(self) -> None:
         """Let go of all connections and files; the next read begins anew."""

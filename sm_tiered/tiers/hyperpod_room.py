@@ -10,10 +10,11 @@ from sm_tiered.manifest import attempt_record_from_json
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
 from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers.hyperpod_chain import PROBE_ORDINAL
+from sm_tiered.tiers.hyperpod_commits import Commits
 from sm_tiered.tiers.hyperpod_index import Index
 from sm_tiered.tiers.hyperpod_looks import each
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
-from sm_tiered.tiers.hyperpod_slots import Found
+from sm_tiered.tiers.hyperpod_slots import Found, Kind
 from sm_tiered.tiers.hyperpod_whole import Whole
 
 __all__ = ["Room"]
@@ -22,8 +23,11 @@ __all__ = ["Room"]
 class Room:
     """Deletes what is of no use any more, and nothing else."""
 
-    def __init__(self, service: HyperPodService, index: Index, whole: Whole, settings: HyperPodSettings) -> None:
-        self._service, self._index, self._whole, self._settings = service, index, whole, settings
+    def __init__(
+        self, service: HyperPodService, index: Index, commits: Commits, whole: Whole, settings: HyperPodSettings
+    ) -> None:
+        self._service, self._index, self._commits = service, index, commits
+        self._whole, self._settings = whole, settings
 
     def delete(self, slot: Slot) -> None:
         """Delete what stands in *slot*."""
@@ -33,20 +37,23 @@ class Room:
 
     # ---- for a share
 
-    def make(self, home: Namespace, slot: Slot, checkpoint: CheckpointId) -> None:
+    def make(self, home: Namespace, slot: Slot, checkpoint: CheckpointId) -> bool:
         """See that the rank has a free step for *slot*: else the service would drop its lowest.
+
+        Return whether something stands at its step already, whosesoever.
 
         Raises:
             TierFullError: all are taken by what must stay.
             TierRefusedError: a newer attempt writes there, and there is hardly room for that one.
         """
-        wires = sorted(wire for wire in self._service.latest(home) if wire != slot.wire)
+        listed = self._service.latest(home)
+        wires = sorted(wire for wire in listed if wire != slot.wire)
         newest = max((wire // MAX_STEP for wire in wires if wire // MAX_STEP != PROBE_ORDINAL), default=0)
         overtaken = slot.wire >= MAX_STEP and newest > checkpoint.attempt.ordinal
         # Of two that write to one slot at once each may see the same free step, and the service drops the lowest.
         needed = 2 if overtaken else 1
         if len(wires) + needed <= home.kept:
-            return
+            return slot.wire in listed
         slots = [Slot(namespace=home.name, rank=slot.rank, wire=wire) for wire in wires]
         looks = each(self._index.slots.look, slots, secs=self._index.slots.look_secs)
         held = [found for found in looks if found is not None]
@@ -54,7 +61,9 @@ class Room:
             raise self._too_late(newest, checkpoint, slot)
         for found in self._deletable(list(held), slot):
             if len(held) < home.kept:
-                return
+                break
+            if found.kind is Kind.SHARE:
+                self._commits.clear(home, found.slot.wire)
             self.delete(found.slot)
             held.remove(found)
         if len(held) >= home.kept:
@@ -65,6 +74,7 @@ class Room:
                 tier=self._settings.name,
                 rank=slot.rank,
             )
+        return slot.wire in listed
 
     def _too_late(self, newest: int, checkpoint: CheckpointId, slot: Slot) -> TierRefusedError:
         return TierRefusedError(
@@ -76,19 +86,21 @@ class Room:
         )
 
     def _deletable(self, held: list[Found], slot: Slot) -> Iterator[Found]:
-        """Yield trials that were left behind, then what is of older checkpoints that were never whole, oldest first.
+        """Yield trials that were left behind, then what is of older checkpoints that are not whole, oldest first.
 
         Only then comes what is damaged. One save is in flight at a time, so what is older than what is being written
-        and not whole will never be.
+        and not whole will never be. Manifests, which stand here where the job has grown, only say what shares do.
         """
         yield from (one for one in held if one.slot.wire // MAX_STEP == PROBE_ORDINAL)
+        older = [one for one in held if one.slot.wire < slot.wire]
+        yield from (one for one in older if one.kind is Kind.MANIFEST)
         damaged: list[Found] = []
-        for found in (one for one in held if one.slot.wire < slot.wire):
+        for found in (one for one in older if one.kind is Kind.SHARE):
             if found.head is None:
-                damaged += [found] if found.problem is not None else []
+                damaged.append(found)
                 continue
             try:
-                self._whole.manifest(found.head.checkpoint)
+                self._whole.by_shares(found.head.checkpoint)
             except KeyNotFoundError:
                 yield found
             except CorruptPartError:
@@ -136,7 +148,7 @@ class Room:
         last = Slot(namespace=member.name, rank=member.ranks - 1, wire=0)
         look = self._index.slots.look
         looks = each(lambda slot: look(slot, fresh=True), shares, secs=self._index.slots.look_secs)
-        held = [found for found in looks if found is not None]
+        held = sorted(filter(None, looks), key=lambda found: found.kind is not Kind.MANIFEST)
         if self._index.is_choice(last) or not all(self._is_leftover(found, attempt) for found in held):
             return False
         for slot in [*(found.slot for found in held), last]:
@@ -144,10 +156,10 @@ class Room:
         return True
 
     def _is_leftover(self, found: Found, attempt: Attempt) -> bool:
-        if found.head is None or found.head.checkpoint.attempt.ordinal >= attempt.ordinal:
-            return False
+        if found.checkpoint is None or found.checkpoint.attempt.ordinal >= attempt.ordinal:
+            return found.kind is Kind.MANIFEST and found.commit is None  # damaged, it says nothing that shares don't
         try:
-            self._whole.manifest(found.head.checkpoint)
+            self._whole.by_shares(found.checkpoint)
         except KeyNotFoundError:
             return True
         except CorruptPartError:

@@ -27,7 +27,7 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,135}", re.ASCII)
 """That of a run, and what `sm_tiered.tiers.hyperpod_chain` puts behind it."""
 
 _MAX_STEPS = 10_000
-_MAX_RANKS = MAX_WORLD + 2
+_MAX_RANKS = MAX_WORLD + 3
 _MAX_KEPT = 2**31
 
 
@@ -37,7 +37,7 @@ class Namespace:
 
     name: str
     ranks: int
-    """How many slots it has, one of them for metadata."""
+    """How many slots it has: those of ranks, one for manifests where there is one to spare, and one for attempts."""
     kept: int
     """How many steps of each rank it keeps; it drops the lowest."""
 

@@ -1,4 +1,4 @@
-"""What stands in a slot of the HyperPod service: a share, or an attempt's record, as one blob. Pure.
+"""What stands in the slot of a rank on the HyperPod service: its share, as one blob. Pure.
 
 A share is a magic, the length of its header, the header, the rank's record, and the bytes of its parts, small ones
 first. The header ends with its own digest and says whose the share is and how long: a cut, stale or swapped one is
@@ -32,6 +32,7 @@ __all__ = [
     "Head",
     "Outgoing",
     "Place",
+    "attempt_text",
     "header_length",
     "outgoing",
     "parse_head",
@@ -81,7 +82,7 @@ class Head:
 
 
 def header_length(first: bytes) -> int:
-    """Return how long the header of the share is whose first `FIRST_BYTES` are *first*.
+    """Return how long the header of the share, or of the manifest, is whose first `FIRST_BYTES` are *first*.
 
     Raises:
         FormatError: no header is that long.
@@ -123,15 +124,19 @@ def _head(fields: Json, begin: int, seal: str) -> Head:
         sent_at=number(fields["sent_at"]),
         record=record,
         record_digest=digest_of(fields["record_digest"]),
-        attempt=None if fields["attempt"] is None else _attempt(text(fields["attempt"]), checkpoint),
+        attempt=None if fields["attempt"] is None else attempt_text(text(fields["attempt"]), checkpoint),
         parts=parts,
         size=at,
         seal=seal,
     )
 
 
-def _attempt(told: str, checkpoint: CheckpointId) -> str:
-    """Return *told* where it is the record of the attempt of *checkpoint*."""
+def attempt_text(told: str, checkpoint: CheckpointId) -> str:
+    """Return *told* where it is the record of the attempt of *checkpoint*.
+
+    Raises:
+        FormatError: it is not.
+    """
     try:
         record = attempt_record_from_json(told.encode())
     except UnicodeEncodeError:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
+from time import monotonic
 
 from sm_tiered import checksum, deadline
 from sm_tiered.errors import CorruptPartError, FormatError, KeyNotFoundError
 from sm_tiered.layout import MAX_STEP
 from sm_tiered.manifest import attempt_record_from_json
+from sm_tiered.records import CheckpointId
 from sm_tiered.sealed_json import MAX_BYTES
 from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers.hyperpod_chain import wire_steps
 from sm_tiered.tiers.hyperpod_client import Body
+from sm_tiered.tiers.hyperpod_looks import once, unsay
+from sm_tiered.tiers.hyperpod_manifests import MANIFEST_MAGIC, Commit, parse_commit, parse_commit_head
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Slot
 from sm_tiered.tiers.hyperpod_shares import ATTEMPT_MAGIC, FIRST_BYTES, SHARE_MAGIC, Head, header_length, parse_head
 
-__all__ = ["Found", "Slots"]
+__all__ = ["OWN_SECS", "Found", "Kind", "Leave", "Slots"]
+
+OWN_SECS = 60.0
+"""For as long the answer to a write counts as a look, where that is good enough."""
 
 _RECORDS_BYTES = 16 * 1024 * 1024
 """Records that were read last are kept up to here."""
@@ -26,15 +34,37 @@ _ATTEMPT_BYTES = 1024 * 1024
 """Records of attempts are shorter."""
 
 
+Leave = Callable[[Slot, Head, Body], None]
+"""Takes a share of which header and record were received, and closes it some time."""
+
+
+class Kind(Enum):
+    """What a blob is, or was before it was damaged, as far as can be told."""
+
+    SHARE = "share"
+    MANIFEST = "manifest"
+    OTHER = "other"
+    """Another program's, another run's, or the record of an attempt."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """A blob in a slot."""
 
     slot: Slot
-    head: Head | None
-    """None: it is damaged, or no share of this run."""
+    kind: Kind
+    head: Head | None = None
+    """Of a share; None: it is damaged, or none of this run."""
+    commit: Commit | None = None
+    """A manifest blob; None: it is damaged, or none of this run."""
     problem: str | None = None
-    """What is wrong with a share of this run."""
+    """What is wrong with a share or a manifest of this run."""
+
+    @property
+    def checkpoint(self) -> CheckpointId | None:
+        """Whose it is, where it tells."""
+        told = self.head or self.commit
+        return None if told is None else told.checkpoint
 
 
 class Slots:
@@ -45,35 +75,62 @@ class Slots:
         self._found: dict[Slot, Found] = {}
         self._records: dict[tuple[Slot, str], bytes] = {}
         self._attempts: dict[Slot, bytes] = {}
+        self._own: dict[int, tuple[Slot, float]] = {}
         self.look_secs = 2 * self._fetch_secs()
         """The longest that a look may take: what comes damaged is asked for once more."""
 
-    def look(self, slot: Slot, *, fresh: bool = False) -> Found | None:
-        """Return what stands in *slot*, or None; what was whole when it was looked at last is not asked for again."""
-        known = None if fresh else self._found.get(slot)
-        if known is not None:
-            return known
-        return self._look(slot)[0]
+    def look(self, slot: Slot, *, fresh: bool = False, own: bool = False, leave: Leave | None = None) -> Found | None:
+        """Return what stands in *slot*, or None; what was whole when it was looked at last is not asked for again.
+
+        *fresh*: ask again, once in a pass. *own*: what this process has just written there need not be. *leave*: what
+        takes a share that was asked for and is to be read on, instead of closing it.
+        """
+        known = self._found.get(slot) if not fresh or (own and self._is_own(slot)) else None
+        return known or once((self, slot), lambda: self._look(slot, leave)[0])
 
     def peek(self, slot: Slot) -> Found | None:
         """Return what is known to stand in *slot*, without asking."""
         return self._found.get(slot)
 
-    def _look(self, slot: Slot) -> tuple[Found | None, bytes]:
+    def wrote(self, found: Found, record: bytes = b"") -> None:
+        """Remember what this process has written: the service has taken it, as *found* with its *record*.
+
+        What it wrote to the same rank's slots before no longer counts as just written: a save asks for its own, and
+        what is older is asked for anew by whoever decides what may go.
+        """
+        self.forget(found.slot)
+        self._found[found.slot] = found
+        self._own[found.slot.rank] = found.slot, monotonic()
+        if found.head is not None:
+            self._keep((found.slot, found.head.seal), record)
+
+    def disown(self, checkpoint: CheckpointId) -> None:
+        """Ask for the shares of *checkpoint* too that this process has just written."""
+        for rank, (slot, _) in list(self._own.items()):
+            if slot.wire in wire_steps(checkpoint):
+                self._own.pop(rank, None)
+
+    def _is_own(self, slot: Slot) -> bool:
+        last, at = self._own.get(slot.rank, (None, 0.0))
+        return last == slot and monotonic() - at < OWN_SECS
+
+    def _look(self, slot: Slot, leave: Leave | None = None) -> tuple[Found | None, bytes]:
         """Return what stands in *slot* now, and its record."""
-        found, record = self._fetch(slot)
+        found, record = self._fetch(slot, leave)
         if found is not None and found.problem is not None:
-            found, record = self._fetch(slot)  # what comes damaged may have been damaged on its way
+            found, record = self._fetch(slot, leave)  # what comes damaged may have been damaged on its way
         before = self._found.get(slot)
-        if found is None or found.head is None or (before is not None and before.head != found.head):
+        if found is None or found.checkpoint is None or before != found:
             self.forget(slot)
-        if found is not None and found.head is not None:
+        if found is not None and found.checkpoint is not None:
             self._found[slot] = found
-            self._keep((slot, found.head.seal), record)
+            if found.head is not None:
+                self._keep((slot, found.head.seal), record)
         return found, record
 
     def forget(self, slot: Slot) -> None:
         """Look at *slot* anew the next time."""
+        unsay((self, slot))
         before = self._found.pop(slot, None)
         if before is not None and before.head is not None:
             self._records.pop((slot, before.head.seal), None)
@@ -88,29 +145,41 @@ class Slots:
     def _fetch_secs(self) -> float:
         return self._settings.retry_deadline_secs + deadline.allowance(_RECORDS_BYTES)
 
-    def _fetch(self, slot: Slot) -> tuple[Found | None, bytes]:
+    def _fetch(self, slot: Slot, leave: Leave | None) -> tuple[Found | None, bytes]:
         with deadline.within(self._fetch_secs()):
             try:
                 body = self._service.open(slot)
             except KeyNotFoundError:
                 return None, b""
+            left = False
             try:
-                return self._judge(slot, body)
-            except FormatError as error:
-                problem = f"the share of rank {slot.rank} is damaged: {error.message}"
-                return Found(slot=slot, head=None, problem=problem), b""
+                first = body.take(FIRST_BYTES)
+                if first.startswith(MANIFEST_MAGIC):
+                    return self._judge_manifest(slot, first, body), b""
+                found, record = self._judge(slot, first, body)
+                if leave is not None and found.head is not None:
+                    left = True
+                    leave(slot, found.head, body)
+                return found, record
             finally:
-                body.close()
+                if not left:
+                    body.close()
 
-    def _judge(self, slot: Slot, body: Body) -> tuple[Found, bytes]:
-        first = body.take(FIRST_BYTES)
+    def _judge(self, slot: Slot, first: bytes, body: Body) -> tuple[Found, bytes]:
+        if not first.startswith(SHARE_MAGIC) and (slot.wire < MAX_STEP or first.startswith(ATTEMPT_MAGIC)):
+            return Found(slot=slot, kind=Kind.OTHER), b""  # another program counts steps without attempts
+        try:
+            return self._share(slot, first, body)
+        except FormatError as error:
+            problem = f"the share of rank {slot.rank} is damaged: {error.message}"
+            return Found(slot=slot, kind=Kind.SHARE, problem=problem), b""
+
+    def _share(self, slot: Slot, first: bytes, body: Body) -> tuple[Found, bytes]:
         if not first.startswith(SHARE_MAGIC):
-            if slot.wire < MAX_STEP or first.startswith(ATTEMPT_MAGIC):
-                return Found(slot=slot, head=None), b""  # another program counts steps without attempts
             raise FormatError(f"it begins with {first[:8]!r}")
         head = parse_head(body.take(header_length(first)))
         if head.namespace != self._namespace:
-            return Found(slot=slot, head=None), b""
+            return Found(slot=slot, kind=Kind.OTHER), b""
         if head.rank != slot.rank or slot.wire not in wire_steps(head.checkpoint):
             raise FormatError(f"it is that of {head.checkpoint}, rank {head.rank}")
         if body.size is not None and body.size != head.size:
@@ -120,7 +189,19 @@ class Slots:
         record = body.take(head.record.size)
         if checksum.digest(record) != head.record_digest:
             raise FormatError(f"its record differs from its digest, or ends after {len(record)} bytes")
-        return Found(slot=slot, head=head), record
+        return Found(slot=slot, kind=Kind.SHARE, head=head), record
+
+    def _judge_manifest(self, slot: Slot, first: bytes, body: Body) -> Found:
+        try:
+            head = parse_commit_head(body.take(header_length(first)))
+            if head.namespace != self._namespace:
+                return Found(slot=slot, kind=Kind.OTHER)
+            if head.rank != slot.rank or slot.wire not in wire_steps(head.checkpoint):
+                raise FormatError(f"it is that of {head.checkpoint}, from slot {head.rank}")
+            # A byte more than it should have: one that goes on is none.
+            return Found(slot=slot, kind=Kind.MANIFEST, commit=parse_commit(head, body.take(head.size + 1)))
+        except FormatError as error:
+            return Found(slot=slot, kind=Kind.MANIFEST, problem=f"the manifest is damaged: {error.message}")
 
     def _keep(self, key: tuple[Slot, str], record: bytes) -> None:
         # Single steps that are atomic: threads need no lock, which a fork could leave locked.

@@ -1,4 +1,4 @@
-"""The shares of the HyperPod service, shown as the keys that a directory would have."""
+"""What stands on the HyperPod service, shown as the keys that a directory would have."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sm_tiered.errors import CorruptPartError, KeyNotFoundError
 from sm_tiered.records import Attempt, CheckpointId
 from sm_tiered.tiers.base import Blob, Entry
 from sm_tiered.tiers.hyperpod_index import Index
+from sm_tiered.tiers.hyperpod_manifests import Commit
 from sm_tiered.tiers.hyperpod_read import ShareReader
 from sm_tiered.tiers.hyperpod_shares import Place
 from sm_tiered.tiers.hyperpod_slots import Found
@@ -25,7 +26,10 @@ class View:
         self._index, self._whole, self._reader, self._name = index, whole, reader, tier
 
     def list(self, prefix: str) -> builtins.list[Entry]:
-        """Return the keys that begin with *prefix*; times are those of who sent the share, by its clock."""
+        """Return the keys that begin with *prefix*; times are those of who sent the share, by its clock.
+
+        Of a checkpoint whose manifest stands by itself, each is that of its last share.
+        """
         found = builtins.list[Entry]()
         attempts, steps = _may_begin(prefix, f"{layout.ATTEMPTS}/"), _may_begin(prefix, "step_")
         if not attempts and not steps:  # it is of what such a tier has none of, pins and files of events
@@ -54,6 +58,11 @@ class View:
         return sorted([*found, layout.ATTEMPTS] if self._index.waiting or self._index.attempts(firsts) else found)
 
     def _entries(self, checkpoint: CheckpointId) -> Sequence[Entry]:
+        told = self._index.told(checkpoint)
+        return self._seen(checkpoint) if told is None else _told(told)
+
+    def _seen(self, checkpoint: CheckpointId) -> Sequence[Entry]:
+        """Return the keys of *checkpoint* as its shares tell them."""
         found = builtins.list[Entry]()
         newest, shares = 0.0, self._whole.shares(checkpoint)
         for share in shares:
@@ -67,7 +76,7 @@ class View:
                 for name, place in places.items()
             ]
         try:
-            size = len(self._whole.manifest(checkpoint, shares))
+            size = len(self._whole.by_shares(checkpoint, shares))
         except KeyNotFoundError:
             return found
         except CorruptPartError:
@@ -102,7 +111,8 @@ class View:
         rank = layout.parse_record_name(name)
         if rank is None:
             return None
-        found = self._index.find(checkpoint, rank)
+        # Who asks for the records is rank 0, most likely, and reads its own share next.
+        found = self._index.find(checkpoint, rank, leave=self._reader.adopt if rank == 0 else None)
         if found is None:
             raise self._absent(key)
         return self._index.slots.record(found)
@@ -147,7 +157,8 @@ class View:
         """Return the share that holds the part under *key*, and where in it."""
         checkpoint, name = self.split(key)
         told, damaged = layout.rank_of_key(key), None
-        likely = self._index.find(checkpoint, _likely_rank(name) if told is None else told)
+        rank = _likely_rank(name) if told is None else told
+        likely = self._index.find(checkpoint, rank, leave=self._reader.adopt)
         for share in self._candidates(checkpoint, likely, only=told is not None):
             if share.head is not None and name in share.head.parts:
                 return share, share.head.parts[name]
@@ -177,6 +188,17 @@ class View:
 
     def _absent(self, key: str) -> KeyNotFoundError:
         return KeyNotFoundError(f"{key[:200]} is not there", tier=self._name, key=key[:200])
+
+
+def _told(commit: Commit) -> Sequence[Entry]:
+    """Return the keys of a checkpoint as its manifest tells them."""
+    sizes = dict(commit.manifest.parts)
+    sizes.update({layout.record_name(rank): size for rank, size in enumerate(commit.head.records)})
+    sizes[layout.MANIFEST] = len(commit.data)
+    return [
+        Entry(key=layout.in_dir(commit.checkpoint, name), size=size, modified_at=commit.head.sent_at)
+        for name, size in sizes.items()
+    ]
 
 
 def _likely_rank(name: str) -> int:

@@ -1,4 +1,7 @@
-"""Which checkpoints on the HyperPod service are whole: the shares of all ranks, and the manifest that follows."""
+"""Which checkpoints on the HyperPod service are whole: the shares of all ranks, and the manifest that follows.
+
+Where a manifest stands by itself it is asked for first, which is one small look instead of one at each share.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from sm_tiered.errors import CorruptPartError, FormatError, KeyNotFoundError
 from sm_tiered.manifest import compose_manifest, manifest_to_json, record_from_json
 from sm_tiered.records import CheckpointId
 from sm_tiered.settings import HyperPodSettings
+from sm_tiered.tiers.hyperpod_commits import Commits
 from sm_tiered.tiers.hyperpod_index import Index
 from sm_tiered.tiers.hyperpod_looks import each
 from sm_tiered.tiers.hyperpod_shares import Head
@@ -21,7 +25,8 @@ __all__ = ["Whole"]
 class Whole:
     """Puts together what *index* finds. Threads may share it."""
 
-    def __init__(self, index: Index, settings: HyperPodSettings, namespace: str) -> None:
+    def __init__(self, index: Index, commits: Commits, settings: HyperPodSettings, namespace: str) -> None:
+        self._commits = commits
         self._index, self._settings, self._namespace = index, settings, namespace
         self._manifests: dict[CheckpointId, tuple[list[str], bytes]] = {}
 
@@ -37,7 +42,16 @@ class Whole:
         world = next((share.head.world for share in shares if share.head is not None), most)
         return [share for share in shares if share.slot.rank < world]
 
-    def manifest(self, checkpoint: CheckpointId, shares: Sequence[Found] | None = None) -> bytes:
+    def manifest(self, checkpoint: CheckpointId) -> bytes:
+        """Return the manifest as it stands by itself, which says that all was whole once, else see `by_shares`."""
+        told = self._index.manifest(checkpoint, fresh=True)
+        if told is not None and told.commit is not None:
+            return told.commit.data
+        # Who asks waits for another to commit: should it have to do so itself later, what it wrote is no longer new.
+        self._index.slots.disown(checkpoint)
+        return self.by_shares(checkpoint)
+
+    def by_shares(self, checkpoint: CheckpointId, shares: Sequence[Found] | None = None) -> bytes:
         """Return the manifest that follows from the records of all ranks; *shares*: what `shares` has just returned.
 
         Raises:
@@ -46,31 +60,46 @@ class Whole:
         """
         if shares is not None:
             return self._manifest(checkpoint, {share.slot.rank: share for share in shares})
-        zero = self._index.find(checkpoint, 0, fresh=True)
+        before = self._index.peek(checkpoint, 0)
+        zero = before or self._index.find(checkpoint, 0, fresh=True)
         if zero is None:
             return self._manifest(checkpoint, {})
         world = self._index.slots.sound(zero).world
-        return self._manifest(checkpoint, {0: zero, **self._find(checkpoint, range(1, world), stop=True)})
+        found = {0: zero, **self._find(checkpoint, range(1, world), stop=True)}
+        if before is not None and None not in found.values():
+            found[0] = self._index.find(checkpoint, 0, fresh=True)
+        return self._manifest(checkpoint, found)
 
     def confirm(self, checkpoint: CheckpointId) -> bool:
-        """See `ShareTier.confirm`."""
+        """See `ShareTier.confirm`. A manifest is written where all is whole, and deleted where a share is missing."""
         self._index.refresh()
-        zero = self._index.find(checkpoint, 0, fresh=True)
-        if zero is None:
+        found = self._anew(checkpoint)
+        try:
+            data = None if found is None else self._manifest(checkpoint, found)
+        except KeyNotFoundError:
+            data = None
+        if found is None or data is None:
+            self._commits.discard(checkpoint)
             return False
-        ranks = range(1, self._index.slots.sound(zero).world)
+        self._commits.write({rank: share for rank, share in found.items() if share is not None}, data)
+        return True
+
+    def _anew(self, checkpoint: CheckpointId) -> dict[int, Found | None] | None:
+        """Ask for the shares of all ranks, those left out that this process has just written; None: one is missing."""
+        before = self._index.peek(checkpoint, 0)
+        zero = before or self._index.find(checkpoint, 0, fresh=True)
+        if zero is None:
+            return None
+        ranks = range(self._index.slots.sound(zero).world)
         # What was never seen is what may be missing: where it is, the others need not be asked for each time.
         unseen = [rank for rank in ranks if self._index.peek(checkpoint, rank) is None]
-        found = {0: zero, **self._find(checkpoint, unseen, stop=True)}
+        found = self._find(checkpoint, unseen, stop=True)
         if None in found.values():
-            return False
+            return None
+        if before is None:
+            found[0] = zero
         seen = [rank for rank in ranks if rank not in found]
-        found.update(self._find(checkpoint, seen, stop=True, fresh=True))
-        try:
-            self._manifest(checkpoint, found)
-        except KeyNotFoundError:
-            return False
-        return True
+        return {**found, **self._find(checkpoint, seen, stop=True, fresh=True)}
 
     def _find(
         self, checkpoint: CheckpointId, ranks: Sequence[int], *, stop: bool, fresh: bool = False
@@ -81,7 +110,7 @@ class Whole:
             known = {rank: self._index.peek(checkpoint, rank) for rank in ranks}
             found = {rank: share for rank, share in known.items() if share is not None}
         asked = each(
-            lambda rank: (rank, self._index.find(checkpoint, rank, fresh=fresh)),
+            lambda rank: (rank, self._index.find(checkpoint, rank, fresh=fresh, own=True)),
             [rank for rank in ranks if rank not in found],
             secs=2 * self._index.slots.look_secs,  # it may stand in one of two places
             enough=(lambda pair: pair[1] is None) if stop else None,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sm_tiered.errors import KeyExistsError, TierError, TierRefusedError, TierUnavailableError
 from sm_tiered.manifest import record_from_json
 from sm_tiered.records import CheckpointId
 from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers.hyperpod_attempts import Attempts
 from sm_tiered.tiers.hyperpod_chain import wire_steps
+from sm_tiered.tiers.hyperpod_commits import Commits
 from sm_tiered.tiers.hyperpod_index import Index
 from sm_tiered.tiers.hyperpod_looks import each
 from sm_tiered.tiers.hyperpod_room import Room
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
 from sm_tiered.tiers.hyperpod_shares import outgoing
-from sm_tiered.tiers.hyperpod_slots import Found
+from sm_tiered.tiers.hyperpod_slots import Found, Kind
 from sm_tiered.tiers.hyperpod_whole import Whole
 from sm_tiered.tiers.shares import Share
 
@@ -24,11 +27,17 @@ class Writer:
     """Writes and deletes what *index* shows."""
 
     def __init__(
-        self, service: HyperPodService, index: Index, whole: Whole, settings: HyperPodSettings, namespace: str
+        self,
+        service: HyperPodService,
+        index: Index,
+        commits: Commits,
+        whole: Whole,
+        settings: HyperPodSettings,
+        namespace: str,
     ) -> None:
-        self._service, self._index, self._whole = service, index, whole
+        self._service, self._index, self._commits, self._whole = service, index, commits, whole
         self._settings, self._namespace = settings, namespace
-        self._room = Room(service, index, whole, settings)
+        self._room = Room(service, index, commits, whole, settings)
         self.attempts = Attempts(service, index, self._room, settings, namespace)
 
     def put_share(self, share: Share) -> None:
@@ -39,13 +48,17 @@ class Writer:
                 attempt, world=share.world, slot=share.rank, empty=lambda member: self._room.empty(member, attempt)
             )
             slot = self._slot(home, share)
-            self._room.make(home, slot, share.checkpoint)
+            if self._room.make(home, slot, share.checkpoint):
+                self._commits.make_way(home, slot, share)
+            else:
+                self._commits.begin(home, slot.wire)
             self.attempts.write(home, attempt)
             out = outgoing(share, namespace=self._namespace, attempt=self.attempts.text(attempt))
             self._index.slots.forget(slot)
             if not self._service.put(slot, out.chunks, out.head.size, out.meta()):
                 message = f"namespace {slot.namespace} was there and is gone"
                 raise TierUnavailableError(message, tier=self._settings.name)
+            self._index.slots.wrote(Found(slot=slot, kind=Kind.SHARE, head=out.head), share.record)
         except TierError:
             chain.forget()  # a service that was started again has none of its namespaces
             raise
@@ -71,6 +84,13 @@ class Writer:
 
     def drop(self, checkpoint: CheckpointId) -> None:
         """See `ShareTier.drop`."""
+        told = self._commits.discard(checkpoint)
+        if told is not None and told.commit is not None:
+            # It was made of shares of this checkpoint, and who writes another's in their place deletes it before.
+            slots = [replace(told.slot, rank=rank) for rank in range(told.commit.manifest.world)]
+            self._room.delete(slots[0])
+            each(self._room.delete, slots[1:], secs=self._service.call_secs)
+            return
         first, *rest = self._whole.shares(checkpoint) or [None]
         if first is not None:  # without it, it is no checkpoint any more
             self._drop(first, checkpoint)

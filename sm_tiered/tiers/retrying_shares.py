@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from sm_tiered import layout
 from sm_tiered.manifest import MAX_BYTES
@@ -55,6 +56,10 @@ class RetryingShareTier(RetryingTier):
         """See `ShareTier.confirm`."""
         key = layout.checkpoint_dir(checkpoint)
         return self._run("confirm", key, lambda: self._shares.confirm(checkpoint), size=self._looks("confirm", key))
+
+    def asking_once(self) -> AbstractContextManager[None]:
+        """See `ShareTier.asking_once`."""
+        return self._shares.asking_once()
 
     def drop(self, checkpoint: CheckpointId) -> None:
         """See `ShareTier.drop`."""

@@ -1,19 +1,21 @@
 """Tiers whose unit is a share: all that one rank wrote of a checkpoint, in one piece.
 
-Such a tier has no conditional writes and keeps nothing else, so there is no commit record: a share appears whole or not
-at all, and a checkpoint is committed once the shares of all its ranks stand there.
+Such a tier has no conditional writes, so nothing it keeps beside the shares can decide what is committed: a share
+appears whole or not at all, and a checkpoint is committed once the shares of all its ranks stand there. A manifest that
+stands there by itself says that it was, and spares the looks at the shares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from sm_tiered.records import CheckpointId, Part, Record
 from sm_tiered.tiers.base import Chunks, Tier
 
-__all__ = ["Share", "ShareTier", "share_of"]
+__all__ = ["Share", "ShareTier", "one_pass", "share_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +42,10 @@ def share_of(record: Record, data: bytes, parts: Iterable[tuple[Part, Chunks]]) 
 class ShareTier(Tier, Protocol):
     """A tier that keeps shares.
 
-    Read, it is a tier like any other: it shows the keys that a directory would have, and the manifest that follows from
-    the records as soon as all of them are there. Written, it takes shares (`put_share`), the records of attempts and
-    records of ranks that failed (`put_if_absent`); it refuses everything else with `TierRefusedError`.
+    Read, it is a tier like any other: it shows the keys that a directory would have, and the manifest, as it was
+    written when all shares had been seen, or as it follows from the records once all of them are there. Written, it
+    takes shares (`put_share`), the records of attempts and records of ranks that failed (`put_if_absent`); it refuses
+    everything else with `TierRefusedError`.
     """
 
     def put_share(self, share: Share) -> None:
@@ -59,8 +62,11 @@ class ShareTier(Tier, Protocol):
     def confirm(self, checkpoint: CheckpointId) -> bool:
         """Ask anew for the shares of all ranks; return whether all stand there whole, so that it is committed.
 
-        What was learnt before is believed of none: the tier may have lost a share since. One whose record tells of a
-        failure is not whole.
+        What was learnt before is believed of none: the tier may have lost a share since. Only what this process itself
+        wrote last of a rank, less than a minute ago, counts as asked for, as long as the tier still lists its step and
+        the manifest was not missed meanwhile. One whose record tells of a failure is not whole.
+
+        Where all stand, a manifest is written where the tier has a place for it; where one is missing, it is deleted.
 
         Raises:
             CorruptPartError: a share is damaged, or they do not make one checkpoint.
@@ -68,5 +74,20 @@ class ShareTier(Tier, Protocol):
         ...
 
     def drop(self, checkpoint: CheckpointId) -> None:
-        """Delete the shares of *checkpoint*, rank 0's first: then it is none any more. One that is gone is no error."""
+        """Delete *checkpoint*: its manifest, then rank 0's share: then it is none any more, and then the others.
+
+        What is gone is no error.
+        """
         ...
+
+    def asking_once(self) -> AbstractContextManager[None]:
+        """Within it, the calls of this thread ask for the same thing once: they are one pass over what stands there.
+
+        A call that asks anew does so in each pass: what was learnt before it began is not believed there either.
+        """
+        ...
+
+
+def one_pass(tier: Tier) -> AbstractContextManager[None]:
+    """Return what makes the calls within it one pass over *tier*: see `ShareTier.asking_once`; others ask as ever."""
+    return tier.asking_once() if isinstance(tier, ShareTier) else nullcontext()

@@ -82,7 +82,7 @@ def test_what_the_namespace_has_is_told(service: StandInDaemon, found: Found) ->
         write_checkpoint(tier, checkpoint(step), durable=True)
     tier.close()
     checks = found(service.url)
-    assert checks["namespace"]["text"] == f"{NAMESPACE} has 3 slots, 2 of them for ranks, and keeps 6 steps of each"
+    assert checks["namespace"]["text"] == f"{NAMESPACE} has 4 slots, for up to 3 ranks, and keeps 6 steps of each"
     assert checks["checkpoints"]["text"] == "2 there, the newest is step 20"
     assert {each["level"] for each in checks.values()} == {"ok"}
 

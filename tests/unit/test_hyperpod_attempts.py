@@ -52,7 +52,7 @@ def test_an_attempts_record_also_stands_in_each_share(
     save(tier, at(FIRST, 10), 2, 100)
     other.put_if_absent(layout.attempt_key(SECOND), attempt_record(SECOND, at(FIRST, 10), chosen=True))
     save(tier, at(SECOND, 5), 2, 100)  # another process than the one that wrote the record
-    del daemon.namespaces["run"].blobs[2][2 * WIRE]
+    del daemon.namespaces["run"].blobs[3][2 * WIRE]
     third = bare(daemon.url)
     assert read_attempts(third)[0][SECOND].chosen
     third.close()
@@ -63,7 +63,7 @@ def test_a_damaged_attempt_record_is_told_unless_a_share_has_it(
 ) -> None:
     save(tier, at(FIRST, 10), 2, 100)
     tier.put_if_absent(layout.attempt_key(SECOND), attempt_record(SECOND))
-    daemon.flip("run", 2, 2 * WIRE, 8 * 30)
+    daemon.flip("run", 3, 2 * WIRE, 8 * 30)
     good, damaged = read_attempts(other)
     assert SECOND not in good
     assert [attempt.ordinal for attempt in damaged] == [2]
@@ -145,7 +145,7 @@ def test_of_many_choices_those_give_way_that_a_later_one_made_void(daemon: Stand
     assert best(tier) == at(nth(2), 450)
     kept = read_attempts(tier)[0]
     assert {attempt.ordinal for attempt in kept} >= {2, 8}
-    assert len(daemon.namespaces["run"].steps[2]) == KEPT
+    assert len(daemon.namespaces["run"].steps[3]) == KEPT
     assert daemon.dropped == []
 
 
@@ -153,16 +153,16 @@ def test_a_late_record_without_a_choice_displaces_no_newer_one(daemon: StandInDa
     save(tier, at(FIRST, 10), 1, 100)
     for ordinal in range(10, 10 + KEPT):
         launch(daemon, ordinal, at(FIRST, 10), chosen=True)
-    before = daemon.namespaces["run"].steps[1]
+    before = daemon.namespaces["run"].steps[2]
     launch(daemon, 5)
-    assert daemon.namespaces["run"].steps[1] == before
+    assert daemon.namespaces["run"].steps[2] == before
     assert daemon.dropped == []
 
 
 def test_trials_left_behind_give_way_to_a_record_first(daemon: StandInDaemon, tier: HyperPodTier) -> None:
     save(tier, at(FIRST, 10), 1, 100)
     launch(daemon, 2, at(FIRST, 10), chosen=True)
-    last = daemon.namespaces["run"].blobs[1]
+    last = daemon.namespaces["run"].blobs[2]
     for number in range(KEPT - 1):
         last[900_000 * WIRE + number] = last[2 * WIRE]
     launch(daemon, 3)
@@ -177,13 +177,13 @@ def test_a_choice_is_told_before_the_first_share_where_attempts_have_namespaces_
     for step in (300, 400, 500):
         save(tier, at(FIRST, step), 2, 100)
     launch(small, 2, at(FIRST, 300), chosen=True)
-    assert {name: found.steps for name, found in small.namespaces.items()}["run__2"] == {2: [0]}
+    assert {name: found.steps for name, found in small.namespaces.items()}["run__2"] == {3: [0]}
     other = bare(small.url)
     assert best(other) == at(FIRST, 300)
     save(other, at(nth(2), 310), 2, 100)  # in the namespace that was made for it
     save(other, at(nth(3), 320), 2, 100)
     assert list(small.namespaces) == ["run", "run__2", "run__3"]
-    assert small.namespaces["run__2"].steps == {0: [310], 1: [310], 2: [0]}
+    assert small.namespaces["run__2"].steps == {0: [310], 1: [310], 3: [0]}
     other.close()
 
 

@@ -35,17 +35,17 @@ def nth(ordinal: int) -> Attempt:
     return Attempt(ordinal=ordinal, utc_secs=1_700_000_000 + ordinal, nonce=f"{ordinal:08x}")
 
 
-def test_a_namespace_has_a_slot_more_than_ranks_and_three_steps_more_than_are_kept(
+def test_a_namespace_has_two_slots_more_than_ranks_and_three_steps_more_than_are_kept(
     daemon: StandInDaemon, tier: HyperPodTier
 ) -> None:
     save(tier, at(FIRST, 10), 3, 100)
     found = daemon.namespaces["run"]
-    assert (list(daemon.namespaces), found.num_ranks, found.steps_retained) == (["run"], 4, KEPT)
+    assert (list(daemon.namespaces), found.num_ranks, found.steps_retained) == (["run"], 5, KEPT)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "namespaces"),
-    [(2, 1, ["run"]), (4, 2, ["run"]), (2, 3, ["run", "run__2"]), (1, 4, ["run", "run__2"])],
+    [(2, 1, ["run"]), (4, 2, ["run"]), (2, 3, ["run"]), (2, 4, ["run", "run__2"]), (1, 4, ["run", "run__2"])],
 )
 def test_a_job_of_another_size_reads_what_was_and_finds_room(
     daemon: StandInDaemon, tier: HyperPodTier, before: int, after: int, namespaces: list[str]
@@ -95,9 +95,12 @@ def test_a_run_whose_name_looks_like_a_namespace_of_ours_is_another(daemon: Stan
     other.put_if_absent(layout.attempt_key(FIRST), attempt_record_to_json(record))
     for rank in range(3):
         other.put_share(share(at(FIRST, 10), rank, 3, 100, namespace="run__2"))
+    assert other.confirm(at(FIRST, 10))
     save(tier, at(FIRST, 10), 1, 200)
-    save(tier, at(FIRST, 20), 3, 200)
+    assert tier.confirm(at(FIRST, 10))
+    save(tier, at(FIRST, 20), 4, 200)
     assert list(daemon.namespaces) == ["run__2", "run", "run__3"]
+    assert daemon.namespaces["run__2"].steps == {**{rank: [WIRE + 10] for rank in range(4)}, 4: [WIRE]}
     assert list_checkpoints(tier) == [at(FIRST, 10), at(FIRST, 20)]
     assert list_checkpoints(other) == [at(FIRST, 10)]
     assert read_attempts(tier)[0] == {}
@@ -166,7 +169,7 @@ def test_a_namespace_that_was_deleted_hides_none_behind_it(daemon: StandInDaemon
     assert whole(other, at(FIRST, 10))
     assert set(read_attempts(other)[0]) == {FIRST}
     save(other, at(FIRST, 20), 5, 100)  # the first name that is free is taken
-    assert {name: found.num_ranks for name, found in daemon.namespaces.items()} == {"run__2": 3, "run": 6}
+    assert {name: found.num_ranks for name, found in daemon.namespaces.items()} == {"run__2": 4, "run": 7}
     assert list_checkpoints(other) == [at(FIRST, 10), at(FIRST, 20)]
     other.close()
 
@@ -208,6 +211,30 @@ def test_once_no_name_is_left_leftovers_of_older_attempts_make_room(
     assert read_attempts(tier)[0][nth(2)].chosen
     assert small.dropped == []
     tier.close()
+
+
+@pytest.mark.parametrize("left", ["a manifest alone", "a manifest and a share", "a damaged one", "all"])
+def test_a_manifest_that_was_left_behind_is_a_leftover_and_one_that_is_true_is_not(
+    small: StandInDaemon, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    monkeypatch.setattr(hyperpod_chain, "_MOST_MEMBERS", 1)
+    tier = bare(small.url)
+    save(tier, at(nth(1), 5), 2, 100)
+    assert tier.confirm(at(nth(1), 5))
+    blobs = small.namespaces["run"].blobs
+    for rank in {"a manifest alone": (0, 1), "a manifest and a share": (1,), "a damaged one": (0,), "all": ()}[left]:
+        del blobs[rank][5]
+    if left == "a damaged one":
+        small.flip("run", 2, 5, 8 * 60)
+    other = bare(small.url)
+    if left == "all":
+        with pytest.raises(TierRefusedError, match="none of which takes"):
+            other.put_share(share(at(nth(2), 6), 0, 2, 100))
+    else:
+        save(other, at(nth(2), 6), 2, 100)
+        assert list_checkpoints(other) == [at(nth(2), 6)]
+    for one in (tier, other):
+        one.close()
 
 
 def test_where_nothing_is_left_over_no_name_is_left_either(small: StandInDaemon) -> None:

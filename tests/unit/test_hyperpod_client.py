@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,3 +89,22 @@ def test_an_address_that_is_none_is_refused_and_no_secret_repeated(url: str) -> 
     with pytest.raises(ConfigError) as caught:
         HyperPodTier(settings(url), "run")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="there is nothing to ask for here")
+def test_the_head_of_each_answer_is_acknowledged_at_once(
+    daemon: StandInDaemon, service: HyperPodService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that waits for that before it sends the rest would take 40 ms for each small answer."""
+    asked: list[tuple[int, ...]] = []
+    real = socket.socket.setsockopt
+
+    def told(one: socket.socket, *options: int) -> None:
+        asked.append(options)
+        real(one, *options)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", told)
+    for _ in range(3):
+        assert service.describe("run") is None
+    assert asked.count((socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)) == 3
+    assert len(daemon.requests) == 3

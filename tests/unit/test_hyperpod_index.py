@@ -82,11 +82,13 @@ def test_a_listing_asks_for_what_is_not_there_once(daemon: StandInDaemon, tier: 
         assert len(asked) == len(set(asked)), prefix
 
 
-def test_a_listing_of_one_checkpoint_looks_at_no_other(daemon: StandInDaemon, tier: HyperPodTier) -> None:
+def test_a_listing_of_one_checkpoint_looks_at_no_other(
+    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier
+) -> None:
     for step in (10, 20):
         save(tier, at(FIRST, step), 2, 10)
     daemon.restart()
-    assert len(tier.list(f"{layout.checkpoint_dir(at(FIRST, 10))}/")) == 5
+    assert len(other.list(f"{layout.checkpoint_dir(at(FIRST, 10))}/")) == 5
     assert {wire for _, wire in looks(daemon)} == {WIRE + 10}
 
 

@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from sm_tiered import layout
 from sm_tiered.errors import CorruptPartError
 from sm_tiered.testing.daemon import DaemonFault, StandInDaemon
 from sm_tiered.tiers.hyperpod import HyperPodTier
+from sm_tiered.tiers.hyperpod_service import Slot
 from tests.unit.children import in_child
 from tests.unit.hyperpod_serving import daemon_in_child
-from tests.unit.hyperpod_sharing import FIRST, MIB, at, bare, data_of, read, save
+from tests.unit.hyperpod_sharing import FIRST, MIB, WIRE, at, bare, data_of, read, save
 
 NAME = "__0_0.distcp"
 SIZE = 20 * MIB + 5
@@ -69,6 +71,54 @@ def test_in_order_a_share_is_asked_for_once(daemon: StandInDaemon, tier: HyperPo
         found += read(tier, HERE, NAME, min(3 * MIB, SIZE - offset), offset)
     assert found == data_of(10, 0, 1, 50) + whole
     assert asked(daemon) == 1
+
+
+@pytest.mark.parametrize("record_first", [True, False])
+def test_who_looks_at_a_share_and_then_reads_it_asks_for_it_once(
+    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier, record_first: bool
+) -> None:
+    """As a restore does: rank 0 reads the records first, the others their own shares at once."""
+    if record_first:
+        other.get(layout.in_dir(HERE, layout.record_name(0)))
+    assert other.reach(layout.in_dir(HERE, NAME)) > SIZE
+    assert read(other, HERE, "__0_1.distcp", 50) == data_of(10, 0, 1, 50)
+    assert read(other, HERE, NAME, SIZE) == data_of(10, 0, 0, SIZE)
+    assert asked(daemon) == 1
+
+
+def test_what_was_looked_at_is_not_held_open_when_something_else_is_asked(
+    tier: HyperPodTier, other: HyperPodTier
+) -> None:
+    """The service would hold a whole share for nobody."""
+    for call in (
+        lambda: other.list("attempts/"),
+        lambda: other.list_dirs(""),
+        lambda: other.confirm(HERE),
+        lambda: other.drop(at(FIRST, 99)),
+    ):
+        other._index.slots.forget(Slot(namespace="run", rank=0, wire=WIRE + 10))
+        other.get(layout.in_dir(HERE, layout.record_name(0)))
+        cursors = [cursor for cursor in other._reader._cursors.values() if cursor._body is not None]
+        call()
+        assert len(cursors) == 1
+        assert cursors[0]._body is None
+    assert read(other, HERE, NAME, 9, 5) == data_of(10, 0, 0, SIZE)[5:14]
+    (cursor,) = other._reader._cursors.values()
+    assert cursor._file is None, "nothing was read of it before"
+
+
+def test_what_is_being_read_goes_on_when_something_else_is_asked(
+    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier
+) -> None:
+    assert read(other, HERE, NAME, 9, 5) == data_of(10, 0, 0, SIZE)[5:14]
+    other.list("attempts/")
+    (cursor,) = other._reader._cursors.values()
+    before = cursor._body
+    other._index.slots.forget(Slot(namespace="run", rank=0, wire=WIRE + 10))
+    other.get(layout.in_dir(HERE, layout.record_name(0)))
+    assert cursor._body is before is not None
+    assert read(other, HERE, NAME, 9, 50) == data_of(10, 0, 0, SIZE)[50:59]
+    assert asked(daemon) == 2
 
 
 def test_forward_with_gaps_a_share_is_asked_for_once(daemon: StandInDaemon, tier: HyperPodTier) -> None:

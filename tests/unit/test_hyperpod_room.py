@@ -168,6 +168,79 @@ def test_trials_that_were_left_behind_give_way_first(daemon: StandInDaemon, tier
     assert daemon.dropped == []
 
 
+# ---- beside manifests
+
+
+def stale(daemon: StandInDaemon, tier: HyperPodTier, step: int, lost: int, world: int = 2) -> None:
+    """Commit a checkpoint that loses a share afterwards."""
+    save(tier, at(FIRST, step), world, 100)
+    assert tier.confirm(at(FIRST, step))
+    del daemon.namespaces["run"].blobs[lost][WIRE + step]
+
+
+def test_what_lost_a_share_makes_room_although_a_manifest_stands(
+    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier
+) -> None:
+    stale(daemon, tier, 10, lost=1)
+    for step in (20, 30, 40, 50):
+        save(tier, at(FIRST, step), 2, 100)
+    daemon.restart()
+    other.put_share(share(at(SECOND, 1), 0, 2, 100))
+    deleted = [request.path.split("/")[-2:] for request in daemon.requests if request.method == "DELETE"]
+    assert [one for one in deleted if one[1] == str(WIRE + 10)] == [["2", str(WIRE + 10)], ["0", str(WIRE + 10)]]
+    assert list_checkpoints(other) == [*(at(FIRST, step) for step in (20, 30, 40, 50)), at(SECOND, 1)]
+    assert daemon.dropped == []
+
+
+def test_in_a_job_that_shrank_no_manifest_displaces_a_share(daemon: StandInDaemon, tier: HyperPodTier) -> None:
+    """The slot that manifests have now held the shares of a rank."""
+    tier.put_share(share(at(FIRST, 1), 0, 2, 100))
+    tier.drop(at(FIRST, 1))
+    assert daemon.namespaces["run"].num_ranks == 4
+    for step in (10, 20, 30, 40):
+        save(tier, at(FIRST, step), 3, 100)
+    tier.drop(at(FIRST, 40))
+    daemon.namespaces["run"].blobs[2][WIRE + 40] = daemon.namespaces["run"].blobs[2][WIRE + 30]
+    daemon.namespaces["run"].blobs[2][WIRE + 50] = daemon.namespaces["run"].blobs[2][WIRE + 30]
+    smaller = bare(daemon.url)
+    save(smaller, at(SECOND, 60), 2, 100)
+    assert smaller.confirm(at(SECOND, 60))
+    assert all(whole(smaller, at(FIRST, step)) for step in (10, 20, 30))
+    assert daemon.dropped == []
+    tier.drop(at(FIRST, 10))
+    assert smaller.confirm(at(SECOND, 60))
+    assert 2 * WIRE + 60 in daemon.namespaces["run"].steps[2]
+    assert daemon.dropped == []
+    smaller.close()
+
+
+def test_manifests_of_older_checkpoints_give_way_to_newer_ones(
+    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier
+) -> None:
+    """Those that were left behind are the oldest; what stands without its own is told by its shares."""
+    for step in (10, 20, 30, 40, 50):
+        stale(daemon, tier, step, lost=0, world=1)
+    save(other, at(SECOND, 60), 1, 100)
+    assert other.confirm(at(SECOND, 60))
+    assert [wire % WIRE for wire in daemon.namespaces["run"].steps[1]] == [20, 30, 40, 50, 60]
+    assert daemon.dropped == []
+
+
+def test_in_a_job_that_grew_manifests_give_way_to_shares(daemon: StandInDaemon, tier: HyperPodTier) -> None:
+    for step in (10, 20, 30, 40):
+        save(tier, at(FIRST, step), 1, 100)
+        assert tier.confirm(at(FIRST, step))
+    assert daemon.namespaces["run"].num_ranks == 3
+    daemon.namespaces["run"].blobs[1][WIRE + 5] = daemon.namespaces["run"].blobs[1][WIRE + 10]
+    larger = bare(daemon.url)
+    save(larger, at(SECOND, 50), 2, 100)
+    assert whole(larger, at(SECOND, 50))
+    assert all(whole(larger, at(FIRST, step)) for step in (10, 20, 30, 40))
+    assert WIRE + 40 in daemon.namespaces["run"].steps[1]
+    assert daemon.dropped == []
+    larger.close()
+
+
 # ---- an old job beside a new one
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sm_tiered import layout
-from sm_tiered.inventory import list_checkpoints, read_attempts, read_holding
+from sm_tiered.inventory import list_checkpoints, read_attempts, read_holding, read_manifest
 from sm_tiered.testing.daemon import DaemonFault, StandInDaemon, StoredNamespace
 from sm_tiered.tiers.hyperpod import HyperPodTier
 from sm_tiered.tiers.hyperpod_chain import Chain
@@ -37,9 +37,9 @@ def test_where_large_steps_are_refused_an_attempt_has_a_namespace_of_its_own(
         save(one, at(attempt, step), 2, 100, 5)
         one.close()
     assert {name: found.steps for name, found in small.namespaces.items()} == {
-        "run": {0: [100, 200], 1: [100, 200], 2: [0]},
-        "run__2": {0: [150], 1: [150], 2: [0]},
-        "run__3": {0: [120], 1: [120], 2: [0]},
+        "run": {0: [100, 200], 1: [100, 200], 3: [0]},
+        "run__2": {0: [150], 1: [150], 3: [0]},
+        "run__3": {0: [120], 1: [120], 3: [0]},
     }
     assert list_checkpoints(tier) == [at(FIRST, 100), at(FIRST, 200), at(SECOND, 150), at(THIRD, 120)]
     assert all(whole(tier, checkpoint) for checkpoint in list_checkpoints(tier))
@@ -54,6 +54,21 @@ def test_an_empty_namespace_is_taken_again(small: StandInDaemon, tier: HyperPodT
     save(tier, at(THIRD, 0), 2, 100)
     assert list(small.namespaces) == ["run", "run__2"]
     assert list_checkpoints(tier) == [at(SECOND, 0), at(THIRD, 0)]
+
+
+def test_a_manifest_holds_no_namespace_of_its_own(small: StandInDaemon, tier: HyperPodTier) -> None:
+    for attempt in (FIRST, SECOND):
+        save(tier, at(attempt, 7), 2, 100)
+        assert tier.confirm(at(attempt, 7))
+    assert {name: found.steps[2] for name, found in small.namespaces.items()} == {"run": [7], "run__2": [7]}
+    other = bare(small.url)
+    assert list_checkpoints(other) == [at(FIRST, 7), at(SECOND, 7)]
+    assert read_manifest(other, at(SECOND, 7)) is not None
+    other.drop(at(FIRST, 7))
+    save(other, at(THIRD, 7), 2, 100)
+    assert list(small.namespaces) == ["run", "run__2"]
+    assert list_checkpoints(other) == [at(SECOND, 7), at(THIRD, 7)]
+    other.close()
 
 
 def test_the_predecessors_steps_are_left_alone_there_too(small: StandInDaemon, tier: HyperPodTier) -> None:
