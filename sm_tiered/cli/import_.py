@@ -165,16 +165,16 @@ class _Job:
 
     def _work(self, listed: Listed, meter: Meter) -> Found:
         namespace = self.settings.namespace
-        if self.asked.step is None:
-            self.importer.check_undoubted(listed)
+        asked = self.asked.step is not None
         if self.asked.dry_run:
-            return self.importer.look_at(self.source, listed, self.receiver, namespace=namespace)
+            return self.importer.look_at(self.source, listed, self.receiver, namespace=namespace, asked=asked)
         found: Found = self.importer.import_step(
             self.source,
             listed,
             self.receiver,
             namespace=namespace,
             allow_pickle=self.asked.allow_pickle or self.settings.allow_pickle,
+            asked=asked,
             progress=meter.tell,
         )
         if self.asked.pin:
@@ -183,14 +183,13 @@ class _Job:
 
     def notes(self, tries: Sequence[Tried]) -> list[str]:
         """Return what somebody who imports should know, a sentence each."""
-        taken = [(each.listed, each.found) for each in tries if each.found is not None]
-        doubts: list[str | None] = [self.importer.doubt_about(listed) for listed, _ in taken]
-        said = [*self.copies, *(doubt for doubt in doubts if doubt is not None)]
-        for _, found in taken:
+        taken = [each.found for each in tries if each.found is not None]
+        said = [*self.copies, *(doubt for found in taken for doubt in found.doubts)]
+        for found in taken:
             said += import_notes.pickled(found)
         if not taken:
             return said
-        checkpoints = [found.checkpoint for _, found in taken]
+        checkpoints = [found.checkpoint for found in taken]
         said += import_notes.order(self.settings, max(checkpoints).step)
         if not self.asked.dry_run and not self.asked.pin:
             said += import_notes.given_up(self.receiver, self.target, checkpoints)

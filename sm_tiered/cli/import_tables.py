@@ -69,6 +69,26 @@ class Found(Protocol):
         """Names of values that only a pickle can load."""
         ...
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why it may be of two saves, a sentence each."""
+        ...
+
+    @property
+    def compared(self) -> int:
+        """How many of both were compared with a checksum that their save left."""
+        ...
+
+    @property
+    def bare(self) -> int:
+        """How many have none."""
+        ...
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
@@ -109,6 +129,8 @@ def blocks(
         )
     said = [text(_why(each, each.error), _style(each)) for each in tries if each.error is not None]
     good = [each for each in tries if each.error is None]
+    if not dry_run:
+        said += [text(_checked(each.found), "yellow" if each.found.bare else "") for each in good if each.found]
     if dry_run:
         line = f"{len(good)} of {len(tries)} from {source} can be imported to {target}; nothing was written"
     else:
@@ -119,6 +141,19 @@ def blocks(
 
 def _style(each: Tried) -> str:
     return "green" if each.error is None else "yellow" if isinstance(each.error, CheckpointNotFoundError) else "red"
+
+
+def _checked(found: Found) -> str:
+    """What was compared with what: who reads "imported" would else take all of it for verified."""
+    step, total = f"step {found.checkpoint.step}", found.tensors + found.values
+    if found.already:
+        return f"{step}: what is there was compared with our own digests; what it came from was not read again"
+    earlier = total - found.compared - found.bare
+    told = f"{step}: {found.compared} of {total} values were compared with checksums that their save left"
+    if found.bare:
+        names = ", ".join(found.unchecked[:8]) + (", …" if len(found.unchecked) > 8 else "")
+        told += f"; {found.bare} have none, so nothing tells whether they are damaged: {names}"
+    return told + (f"; {earlier} had been brought by an earlier try" if earlier else "")
 
 
 def _why(each: Tried, error: TieredError) -> str:
@@ -153,6 +188,8 @@ def _fields(each: Tried) -> dict[str, object]:
         "values": found.values if found else None,
         "bytes": found.bytes if found else None,
         "pickled": list(found.pickled) if found else [],
+        "compared": found.compared if found else None,
+        "unchecked": list(found.unchecked) if found else [],
         "secs": round(each.secs, 3),
         "error": None if each.error is None else error_to_json(each.error),
     }

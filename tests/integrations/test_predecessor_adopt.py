@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sm_tiered.errors import CorruptPartError, NothingRestorableError, TierUnavailableError
+from sm_tiered.errors import (
+    CorruptPartError,
+    DeadlineExceededError,
+    NothingRestorableError,
+    TierUnavailableError,
+)
 from sm_tiered.recipe import Recipe
 from sm_tiered.settings import S3Settings
 from sm_tiered.testing.daemon import StandInDaemon
 from sm_tiered_dcp import TieredCheckpointer
 from sm_tiered_dcp.predecessor import adopt
-from tests.integrations.predecessor_made import two_ranks
+from tests.integrations.predecessor_endless import Endless, endless
+from tests.integrations.predecessor_made import NAMESPACE, two_ranks
 from tests.integrations.predecessor_place import BASE, Place, empty_state, same, wanted_state
+from tests.integrations.test_predecessor_cli import filled
 from tests.predecessor import NEWEST
 
 if TYPE_CHECKING:
@@ -89,7 +96,8 @@ def test_on_the_fly_a_damaged_newest_is_passed_over_and_that_is_said(
     place.daemon.flip(mixed, 0, 30, 8 * 5000)
     try:
         source = place.service(mixed)
-        with pytest.raises(CorruptPartError, match="differs from its checksum"), source.shard(source.listed()[0], 0):
+        (newest, *_) = source.listed()
+        with pytest.raises(CorruptPartError, match="differs from its checksum"), source.shard(newest, 0, end=10**6):
             pass
         assert adopt(made)
     finally:
@@ -140,3 +148,27 @@ def test_on_the_fly_a_step_that_may_be_of_two_saves_is_passed_over_unless_asked_
     assert "the shard of rank 1 was written after the metadata" in caplog.text
     with TieredCheckpointer.from_recipe(made) as checkpointer:
         assert checkpointer.latest() == 20
+
+
+@pytest.mark.parametrize("slow", ["a shard", "the metadata"])
+def test_on_the_fly_a_place_that_answers_in_drops_ends_with_the_commit_deadline(slow: str, tmp_path: Path) -> None:
+    slot = {"a shard": f"{NAMESPACE}/1/10", "the metadata": f"{NAMESPACE}/2/10"}[slow]
+    drops = Endless(slot, piece=b"x", pause_secs=0.05, begins_with=b"" if slow == "a shard" else b"\x80")
+    with StandInDaemon() as daemon, endless(daemon.url, drops) as service:
+        filled(daemon, 10)
+        retry = {"attempts": 3, "deadline_secs": 3600}
+        tiers = {
+            "memory": {"kind": "memory", "path": str(tmp_path / "mem"), "allow_disk": True},
+            "cluster": {"kind": "hyperpod", "url": service.url, "retry": retry},
+        }
+        recipe = {"version": 1, "namespace": NAMESPACE, "commit_deadline_secs": 2, "tiers": tiers}
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceededError, match=rf"longer than commit_deadline_secs, 2 s: .*{slot}") as caught:
+            adopt(Recipe.parse(recipe))
+    assert 1.9 < time.monotonic() - began < 8.0
+    assert "SM_TIERED__COMMIT_DEADLINE_SECS" in (caught.value.hint or "")
+
+
+def test_on_the_fly_a_place_that_is_gone_is_told_as_such_before_that_deadline(tmp_path: Path, place: Place) -> None:
+    with pytest.raises(TierUnavailableError, match="does not answer"):
+        adopt(adopting(tmp_path, place, "never-used", s3=False, cluster=True, url="http://127.0.0.1:9"))

@@ -101,10 +101,10 @@ def test_so_it_is_whatever_is_asked(tmp_path: Path) -> None:
         Listed(step=1, name="1", finished=True),
     )
     for ask in (
-        lambda: place.sizes(step, [0]),
-        lambda: place.identity(step, [0]),
+        lambda: place.sizes(step),
+        lambda: place.identity(step, {0: 1}),
         lambda: place.metadata(step),
-        lambda: place.shard(step, 0),
+        lambda: place.shard(step, 0, end=1),
     ):
         with pytest.raises(TierRefusedError) as caught:
             ask()
@@ -115,7 +115,7 @@ def test_a_shard_is_read_through_it_and_errors_of_others_stay_theirs(tmp_path: P
     two_ranks(10).put(tmp_path / "base", 10)
     place = Outside(source(tmp_path / "base"))
     (step,) = place.listed()
-    with place.shard(step, 1) as shard:
+    with place.shard(step, 1, end=1) as shard:
         data = bytearray(shard.size)
         shard.read_into(0, memoryview(data))
         assert bytes(data) == two_ranks(10).shards[1]
@@ -123,6 +123,6 @@ def test_a_shard_is_read_through_it_and_errors_of_others_stay_theirs(tmp_path: P
             shard.read_into(shard.size - 1, memoryview(bytearray(2)))
         assert caught.value.tier is None
     other = TierRefusedError("no", hint="Look at the tier's `url`.", tier="s3")
-    with pytest.raises(TierRefusedError), place.shard(step, 1):
+    with pytest.raises(TierRefusedError), place.shard(step, 1, end=1):
         raise other
     assert (other.tier, other.hint) == ("s3", "Look at the tier's `url`.")

@@ -32,6 +32,8 @@ from tests.integrations.test_predecessor_cli import filled
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
+ENDS = dict(enumerate(len(data) for data in two_ranks(10).shards))
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
@@ -153,13 +155,13 @@ def test_a_shard_that_changes_in_the_service_while_it_is_read_is_refused(target:
         filled(daemon, 10)
         place = open_daemon(settings, NAMESPACE)
         listed = place.listed()[0]
-        before = place.identity(listed, (0, 1))
-        assert place.identity(listed, (0, 1)) == before
+        before = place.identity(listed, ENDS)
+        assert place.identity(listed, ENDS) == before
         changing: Any = Between(target, "put_if_absent", "record-00001.json", lambda: filled_again(daemon, 10))
         with pytest.raises(TierUnavailableError, match="it was written to while it was read"):
             import_step(place, listed, changing, namespace="ours")
         assert target.list("step_") == []
-        assert place.identity(listed, (0, 1)) != before
+        assert place.identity(listed, ENDS) != before
         place.close()
 
 
@@ -172,10 +174,10 @@ def test_a_shard_without_a_checksum_is_known_by_its_bytes() -> None:
         settings = HyperPodSettings(name="cluster", save=None, keep=Latest(3), url=daemon.url)
         place = open_daemon(settings, NAMESPACE)
         listed = place.listed()[0]
-        before = place.identity(listed, (0, 1))
+        before = place.identity(listed, ENDS)
         daemon.flip(NAMESPACE, 1, 10, 800)
-        assert place.identity(listed, (0, 1)) != before
-        assert place.identity(listed, (0,)) != before
+        assert place.identity(listed, ENDS) != before
+        assert place.identity(listed, {0: ENDS[0]}) != before
         place.close()
 
 

@@ -50,11 +50,11 @@ def test_what_another_import_commits_meanwhile_is_not_taken_back(base: Path, tar
     """Both begin; the other one commits just before this one, which found damage on its way, gives up."""
 
     class Damaging(type(source(base))):
-        def shard(self, step: Any, rank: int) -> Any:
+        def shard(self, step: Any, rank: int, *, end: int) -> Any:
             if rank == 1:
                 taken(base, target)
                 raise CorruptPartError("damaged on its way")
-            return super().shard(step, rank)
+            return super().shard(step, rank, end=end)
 
     place = Damaging([directory(base, NAMESPACE, "predecessor")], source(base).title)
     with pytest.raises(CorruptPartError, match="damaged on its way"):

@@ -21,7 +21,7 @@ from sm_tiered.cli.app import app
 from sm_tiered.errors import ConfigError, TierUnavailableError
 from sm_tiered.policies.keep import Latest
 from sm_tiered.recipe import Recipe
-from sm_tiered.settings import HyperPodSettings, MemorySettings
+from sm_tiered.settings import HyperPodSettings
 from sm_tiered.tiers.hyperpod_service import HyperPodService
 from sm_tiered.tiers.s3_errors import classify
 from tests.recipes.test_hyperpod_recipe import FOLDER, RECIPE, environment, gib
@@ -196,7 +196,6 @@ def test_its_short_recipe_has_the_tiers_of_the_long_one(monkeypatch: pytest.Monk
 def test_its_figures_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     told, long = " ".join(TEXT.split()), settings(monkeypatch)
     cluster = next(tier for tier in long.tiers if isinstance(tier, HyperPodSettings))
-    memory = next(tier for tier in long.tiers if isinstance(tier, MemorySettings))
     whole, held = round(12 * 7e9 / GIB), cluster.most_kept + 2
     assert f"7B parameters with Adam in fp32 are {whole} GiB, so {held} × {whole} × 2 = {held * whole * 2} GiB" in told
     lent = 0.2 * 2 * 2048

@@ -1,4 +1,11 @@
-"""Where a compat job's log lines go: the console or the user's logger, and the file that the predecessor writes."""
+"""Where a compat job's log lines go: the console or the user's logger, and the file that the predecessor writes.
+
+That file is this user's alone, mode 0600 in a directory that is made with 0700, as all that this library writes;
+the predecessor's was readable for whom the umask let. Lines name buckets, keys and hosts, which is nobody else's
+business on a shared node, and a cluster's log collector (a DaemonSet's Fluent Bit or CloudWatch agent) runs as root
+and reads it nevertheless. For one that does not, in a sidecar of another uid, give the config a ``logger`` whose
+handler writes where and as that needs: the lines go there too.
+"""
 
 from __future__ import annotations
 

@@ -57,14 +57,23 @@ class Session:
         while (late := self.turns.on_their_way()) and time.monotonic() < end:
             if not told:
                 told = True
-                _logger.info("waiting until S3 has step %d", late[-1].step, extra=self._extra(late[-1].step))
+                self._say_waiting(late[-1].step, end)
             for handle in late:
                 with suppress(TieredError):
                     handle.wait(S3, timeout=max(0.0, end - time.monotonic()))
         if (step := self._send_owed()) is not None:
-            _logger.info("waiting until S3 has step %d", step, extra=self._extra(step))
+            self._say_waiting(step, end)
             self._wait_for_queue(end)
         self._tell_failures()
+
+    def _say_waiting(self, step: int, end: float) -> None:
+        _logger.info(
+            "waiting until S3 has step %d, for %.0f s at most (drain_timeout_secs); a signal ends the wait, and the "
+            "drainer goes on without this process",
+            step,
+            max(0.0, end - time.monotonic()),
+            extra=self._extra(step),
+        )
 
     def _send_owed(self) -> int | None:
         """Hand the newest step to the drainer, in place of one whose turn had not come; return it."""
@@ -153,8 +162,15 @@ def _job() -> weakref.ref[Any] | None:
 
 @atexit.register
 def _finish_all() -> None:
-    """A script just ends; its container, and with it the drainer, may end with it."""
-    if getattr(sys, "last_value", None) is not None:
+    """Wait for S3: a script just ends, and its container, and with it the drainer, may end with it.
+
+    Not after an exception that nobody caught, which Python leaves in `sys` before it comes here. A script that ends by
+    ``sys.exit(1)`` waits as one that is done does: at this point Python has dropped the SystemExit and tells its status
+    to nobody. Something in the place of ``sys.exit`` would see some of these calls, and also those that somebody
+    catches, after which the last save would not be waited for. So it is said what is waited for, and what ends that;
+    a script that has failed should raise, and ``SM_TIERED__DRAIN_TIMEOUT_SECS`` bounds the wait of any.
+    """
+    if any(getattr(sys, name, None) is not None for name in ("last_exc", "last_value")):
         return  # The training has failed: whoever watches must learn of it now.
     for (pid, _), session in list(_sessions.items()):
         if pid == os.getpid():

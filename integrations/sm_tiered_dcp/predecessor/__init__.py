@@ -6,9 +6,9 @@ nothing is unpickled that ``torch.load(weights_only=True)`` refuses, unless that
 
 from __future__ import annotations
 
-from sm_tiered_dcp.predecessor.adopting import adopt
+from sm_tiered_dcp.predecessor.adopting import adopt, too_late
 from sm_tiered_dcp.predecessor.importing import OLDER, REFUSALS, import_step
-from sm_tiered_dcp.predecessor.looking import Imported, check_undoubted, doubt_about, look_at, read_whole
+from sm_tiered_dcp.predecessor.looking import Imported, doubt_about, look_at, read_whole
 from sm_tiered_dcp.predecessor.origins import open_origin
 from sm_tiered_dcp.predecessor.sources import Listed, Source, TierSource
 
@@ -20,10 +20,10 @@ __all__ = [
     "Source",
     "TierSource",
     "adopt",
-    "check_undoubted",
     "doubt_about",
     "import_step",
     "look_at",
     "open_origin",
     "read_whole",
+    "too_late",
 ]

@@ -6,17 +6,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 
-from sm_tiered.errors import NothingRestorableError, TieredError, TierUnavailableError
+from sm_tiered import deadline
+from sm_tiered.errors import DeadlineExceededError, NothingRestorableError, TieredError, TierUnavailableError
 from sm_tiered.log_lines import printable
 from sm_tiered.recipe import Recipe
 from sm_tiered.settings import HyperPodSettings, S3Settings, Settings, TierSettings
 from sm_tiered.tiers import open_tier
 from sm_tiered_dcp.predecessor.importing import OLDER, import_step
-from sm_tiered_dcp.predecessor.looking import check_undoubted, doubt_about
+from sm_tiered_dcp.predecessor.looking import Imported
 from sm_tiered_dcp.predecessor.origins import open_daemon, open_s3
 from sm_tiered_dcp.predecessor.sources import Listed, Source
 
-__all__ = ["adopt"]
+__all__ = ["adopt", "too_late"]
 
 _logger = logging.getLogger("sm_tiered")
 
@@ -28,13 +29,39 @@ def adopt(recipe: Recipe, *, step: int | None = None) -> bool:
     (`doubt_about`) is passed over, unless *step* is that one. Not collective: one process does it. Returns False where
     the predecessor never ended a save there.
 
+    A training waits for it, however slowly a place answers: all of it together, listing, import and reading back, ends
+    with the recipe's ``commit_deadline_secs``, for it is one more durable save. The next try goes on with what is
+    there.
+
     Raises:
+        DeadlineExceededError: it took longer than that.
         TierUnavailableError: a place did not answer, so what is newest can't be told.
         NothingRestorableError: there are checkpoints, and none can be used; says why.
         MismatchError: a value can only be loaded by a pickle, and the recipe doesn't allow that.
         TieredError: it could not be committed.
     """
     settings = recipe.settings()
+    with deadline.within(settings.commit_deadline_secs):
+        try:
+            return _adopt(settings, step)
+        except TierUnavailableError as error:
+            if deadline.remaining(1.0) > 0:
+                raise
+            raise too_late(settings, error.message, step=error.step or step) from error
+
+
+def too_late(settings: Settings, why: str, *, step: int | None) -> DeadlineExceededError:
+    """Return the error that tells that what the predecessor left could not be taken over in time."""
+    return DeadlineExceededError(
+        f"taking over what amzn-sagemaker-checkpointing left took longer than commit_deadline_secs, "
+        f"{settings.commit_deadline_secs:g} s: {why}",
+        hint="Start the job again, which goes on with what was written; allow longer, "
+        "SM_TIERED__COMMIT_DEADLINE_SECS=7200; or take it over beforehand, `sm-tiered import`.",
+        step=step,
+    )
+
+
+def _adopt(settings: Settings, step: int | None) -> bool:
     with ExitStack() as stack:
         sources = [stack.enter_context(closing(source)) for source in _sources(settings)]
         found, silent = _listed(sources)
@@ -50,7 +77,12 @@ def adopt(recipe: Recipe, *, step: int | None = None) -> bool:
         if not any(listed.finished for _, listed in chosen):
             return False
         reasons = "; ".join(error.message for error in refused[:5])
-        raise NothingRestorableError(f"no checkpoint of amzn-sagemaker-checkpointing can be used: {reasons}")
+        raise NothingRestorableError(
+            f"no checkpoint of amzn-sagemaker-checkpointing can be used: {reasons}",
+            hint="`sm-tiered import --all --dry-run` tells of each of them. To start from scratch all the same, take a "
+            "new namespace.",
+            step=step,
+        )
 
 
 def _sources(settings: Settings) -> Iterator[Source]:
@@ -103,27 +135,42 @@ def _taken(
     where, facts = printable(f"{source.title}, {listed.name}"), {"step": listed.step}
     with closing(open_tier(target, settings.namespace)) as tier:
         try:
-            if asked:
-                _warn_of_doubt(where, listed)
-            else:
-                check_undoubted(listed)
-            found = import_step(source, listed, tier, namespace=settings.namespace, allow_pickle=settings.allow_pickle)
+            found = import_step(
+                source,
+                listed,
+                tier,
+                namespace=settings.namespace,
+                allow_pickle=settings.allow_pickle,
+                asked=asked,
+            )
         except OLDER as error:
             _logger.warning("%s is not taken over: %s", where, printable(error.message), extra=facts)
             refused.append(error)
             return False
+    _tell(where, found, target, facts)
+    return True
+
+
+def _tell(where: str, found: Imported, target: TierSettings, facts: dict[str, int]) -> None:
+    """Say what was taken over, and what of it nothing could be compared with."""
+    for doubt in found.doubts:
+        _logger.warning("%s: %s", where, doubt, extra=facts)
     _logger.info(
-        "took over %s, which amzn-sagemaker-checkpointing wrote on %d ranks: %d values are on %s, verified",
+        "took over %s, which amzn-sagemaker-checkpointing wrote on %d ranks: %d values are on %s, read back; %d were "
+        "compared with checksums that their save left",
         where,
         found.world,
         found.tensors + found.values,
         target.name,
+        found.compared,
         extra=facts,
     )
-    return True
-
-
-def _warn_of_doubt(where: str, listed: Listed) -> None:
-    doubt = doubt_about(listed)
-    if doubt is not None:
-        _logger.warning("%s: %s", where, doubt, extra={"step": listed.step})
+    if found.bare:
+        names = printable(", ".join(found.unchecked[:8]) + (", …" if len(found.unchecked) > 8 else ""))
+        _logger.warning(
+            "%s: %d values have no checksum, so nothing tells whether they are damaged: %s",
+            where,
+            found.bare,
+            names,
+            extra=facts,
+        )

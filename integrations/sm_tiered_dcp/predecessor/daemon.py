@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any, TypeVar, cast
+from typing import IO, TypeVar, cast
 
 import xxhash
 
 from sm_tiered.errors import CorruptPartError, KeyNotFoundError, TierUnavailableError
 from sm_tiered.layout import MAX_STEP
 from sm_tiered.settings import HyperPodSettings
-from sm_tiered.tiers.hyperpod_client import Body
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Slot
 from sm_tiered.tiers.hyperpod_shares import SHARE_MAGIC
 from sm_tiered.tiers.wrappers import retrying
 from sm_tiered_dcp.predecessor.layout import metadata_slot
+from sm_tiered_dcp.predecessor.reception import Reception
 from sm_tiered_dcp.predecessor.shards import Shard
 from sm_tiered_dcp.predecessor.sources import Listed
 from sm_tiered_dcp.predecessor.temporary import using_temporary
-from sm_tiered_dcp.predecessor.unpickling import MAX_BYTES
 
 __all__ = ["DaemonSource"]
 
 _PICKLE = b"\x80"
 """What a pickle begins with, and no shard: nothing else tells in which slot metadata stands."""
 _OURS = SHARE_MAGIC[:1]
-_RECEIVE_BYTES = 1024 * 1024
 _T = TypeVar("_T")
 
 
@@ -42,6 +38,7 @@ class _FileShard:
 
     title: str
     size: int
+    compared: bool
     file: IO[bytes] = field(repr=False)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -49,7 +46,10 @@ class _FileShard:
         while done < len(buffer):
             count = os.preadv(self.file.fileno(), [buffer[done:]], offset + done)
             if not count:
-                raise CorruptPartError(f"{self.title} ends at byte {offset + done}")
+                raise CorruptPartError(
+                    f"{self.title}, received into TMPDIR, ends at byte {offset + done}, not at {self.size}",
+                    hint="Does something cut files in TMPDIR? Import it again, with another one.",
+                )
             done += count
 
 
@@ -59,7 +59,10 @@ class DaemonSource:
     def __init__(self, settings: HyperPodSettings, namespace: str) -> None:
         self._settings, self._namespace = settings, namespace
         self._service = HyperPodService(settings)
+        self._reception = Reception(self._service, settings)
         self._metadata_at: dict[int, int] = {}
+        self._slots = 0
+        """How many the namespace has, those of ranks and that of metadata."""
 
     @property
     def title(self) -> str:
@@ -71,7 +74,7 @@ class DaemonSource:
         namespace = self._again(lambda: self._service.describe(self._namespace))
         if namespace is None:
             return []
-        self._metadata_at = {}
+        self._metadata_at, self._slots = {}, namespace.ranks
         steps = [step for step in self._again(lambda: self._service.latest(namespace)) if step < MAX_STEP]
         found: list[Listed] = []
         for step in steps:
@@ -110,10 +113,12 @@ class DaemonSource:
 
         return self._again(look)
 
-    def sizes(self, step: Listed, ranks: Collection[int]) -> Mapping[int, int]:
-        """Return the size, in bytes, of each shard of *ranks* that is there."""
+    def sizes(self, step: Listed) -> Mapping[int, int]:
+        """Return the size, in bytes, of each shard that is there, by rank: whatever is not the metadata is one."""
         found: dict[int, int] = {}
-        for rank in ranks:
+        for rank in range(self._slots):
+            if rank == self._metadata_at.get(step.step):
+                continue
             size = self._again(lambda rank=rank: self._size(rank, step.step))
             if size is not None:
                 found[rank] = size
@@ -128,28 +133,28 @@ class DaemonSource:
         # One that was not announced is known when it was received.
         return sys.maxsize if body.size is None else body.size
 
-    def identity(self, step: Listed, ranks: Collection[int], *, again: bool = False) -> str:
+    def identity(self, step: Listed, ends: Mapping[int, int], *, again: bool = False) -> str:
         """Return 32 hex digits that tell this save of *step* from any other: by the checksums that came with it.
 
         What came without one is received for that.
         """
         del again  # nothing is remembered
         found = xxhash.xxh3_128()
-        for rank in (self._metadata_at.get(step.step), *sorted(ranks)):
+        for rank in (self._metadata_at.get(step.step), *sorted(ends)):
             if rank is not None:
-                slot = self._slot(rank, step.step)
-                told = self._again(lambda slot=slot: self._told(slot))
+                slot, end = self._slot(rank, step.step), ends.get(rank)
+                told = self._again(lambda slot=slot, end=end: self._told(slot, end))
                 found.update(f"{rank} {told}\n".encode())
         return found.hexdigest()
 
-    def _told(self, slot: Slot) -> str:
+    def _told(self, slot: Slot, end: int | None) -> str:
         try:
             body = self._service.open(slot)
             body.close()
             if body.meta:
                 return f"{body.size} {body.meta}"
             content = xxhash.xxh3_128()
-            self._receive(slot, content.update)
+            self._reception.receive(slot, content.update, end=end)
         except KeyNotFoundError:
             return "gone"
         return content.hexdigest()
@@ -157,74 +162,43 @@ class DaemonSource:
     def metadata(self, step: Listed) -> bytes:
         """Return the pickled metadata, whose checksum is right."""
         if step.step not in self._metadata_at:
-            raise KeyNotFoundError(f"{self.title}: step {step.step} has no metadata", tier=self._settings.name)
+            raise KeyNotFoundError(
+                f"{self.title}: step {step.step} has no metadata",
+                hint="Its save never ended. Import another step.",
+                step=step.step,
+                tier=self._settings.name,
+            )
         slot = self._slot(self._metadata_at[step.step], step.step)
 
         def receive() -> bytes:
             data = bytearray()
-            self._receive(slot, data.extend, most=MAX_BYTES)
+            self._reception.receive(slot, data.extend, end=None)
             return bytes(data)
 
         return self._again(receive)
 
-    def shard(self, step: Listed, rank: int) -> AbstractContextManager[Shard]:
-        """Receive the shard of *rank* into a temporary file; its checksum is right."""
-        return self._received(self._slot(rank, step.step))
+    def shard(self, step: Listed, rank: int, *, end: int) -> AbstractContextManager[Shard]:
+        """Receive the shard of *rank* into a temporary file; its checksum is right, and it ends soon behind *end*."""
+        return self._received(self._slot(rank, step.step), end)
 
     @contextmanager
-    def _received(self, slot: Slot) -> Generator[Shard, None, None]:
+    def _received(self, slot: Slot, end: int) -> Generator[Shard, None, None]:
         with ExitStack() as stack:
             with using_temporary(str(slot), None):
                 file = stack.enter_context(tempfile.TemporaryFile())
 
-            def receive() -> int:
+            def receive() -> tuple[int, bool]:
                 file.seek(0)
                 file.truncate()
-                return self._receive(slot, keep)
+                return self._reception.receive(slot, keep, end=end)
 
             def keep(piece: bytes) -> None:
                 file.write(piece)
                 file.flush()  # so that a disk that is full is met here
 
-            size = self._again(receive)
-            yield _FileShard(title=f"{self._settings.url}/{slot}", size=size, file=cast("IO[bytes]", file))
-
-    def _receive(self, slot: Slot, take: Callable[[bytes], Any], most: int | None = None) -> int:
-        """Give all that stands in *slot* to *take*; return its size.
-
-        Raises:
-            CorruptPartError: it differs from its checksum, or is longer than *most*.
-        """
-        body, found, size = self._service.open(slot), xxhash.xxh3_128(), 0
-        try:
-            while piece := body.receive(_RECEIVE_BYTES):
-                size += len(piece)
-                if most is not None and size > most:
-                    raise CorruptPartError(f"{slot} is longer than {most} bytes", tier=self._settings.name)
-                found.update(piece)
-                with using_temporary(str(slot), body.size):
-                    take(piece)
-        finally:
-            body.close()
-        if body.size is not None and size != body.size:
-            raise TierUnavailableError(f"{slot}: {size} of {body.size} bytes came", tier=self._settings.name)
-        self._check(body, found.digest(), slot)
-        return size
-
-    def _check(self, body: Body, digest: bytes, slot: Slot) -> None:
-        if not body.meta:
-            return
-        try:
-            told = json.loads(body.meta)
-            right = told["algorithm"] != "xxh3_128" or base64.b64decode(told["checksum"], validate=True) == digest
-        except (ValueError, TypeError, KeyError, RecursionError):
-            right = False
-        if not right:
-            raise CorruptPartError(
-                f"{slot} differs from its checksum, {body.meta[:80]!r}",
-                hint="Import an older step, or from S3.",
-                tier=self._settings.name,
-            )
+            size, compared = self._again(receive)
+            title = f"{self._settings.url}/{slot}"
+            yield _FileShard(title=title, size=size, compared=compared, file=cast("IO[bytes]", file))
 
     def close(self) -> None:
         """Close all connections."""

@@ -33,7 +33,6 @@ from sm_tiered.errors import (
     UnsafeValueError,
 )
 from sm_tiered.finish import Finisher
-from sm_tiered.inventory import list_checkpoints
 from sm_tiered.log_lines import printable
 from sm_tiered.manifest import attempt_record_to_json
 from sm_tiered.parts import PartSource
@@ -47,11 +46,11 @@ from sm_tiered.tiers.shares import ShareTier
 from sm_tiered.transfer import copy_checkpoint
 from sm_tiered_dcp.finisher import compose_files
 from sm_tiered_dcp.planning import VALUES_PART
-from sm_tiered_dcp.predecessor.looking import Imported, named, read_whole
-from sm_tiered_dcp.predecessor.metadata import Contents
+from sm_tiered_dcp.predecessor.contents import Contents
+from sm_tiered_dcp.predecessor.looking import MISSING, Imported, named, read_whole
 from sm_tiered_dcp.predecessor.parts import TensorsFrom, lay_out, take_values
 from sm_tiered_dcp.predecessor.receiving import Receiving
-from sm_tiered_dcp.predecessor.shards import Shard
+from sm_tiered_dcp.predecessor.shards import Checks, Shard
 from sm_tiered_dcp.predecessor.sources import Listed, Source
 from sm_tiered_dcp.predecessor.temporary import no_room, using_temporary
 
@@ -76,11 +75,13 @@ def import_step(
     *,
     namespace: str,
     allow_pickle: bool = False,
+    asked: bool = True,
     progress: Progress | None = None,
 ) -> Imported:
     """Bring *step* of *source* to *tier*, a durable one that is rooted at *namespace*, and read it back.
 
-    Needs memory for the longest stored tensor twice, and 80 MiB.
+    Needs memory for the longest stored tensor twice, and 80 MiB. *asked*: for this very step, though it may be of two
+    saves.
 
     Raises:
         CheckpointNotFoundError, CorruptPartError, FormatError: as `read_whole`; or the bytes are damaged.
@@ -92,7 +93,8 @@ def import_step(
         TierUnavailableError: a place did not answer, or *step* is still being written.
         TierError: a place refused.
     """
-    contents = read_whole(source, step)
+    whole = read_whole(source, step, asked=asked)
+    contents = whole.contents
     identity = source.identity(step, contents.ends)
     work = _Import(
         source=source,
@@ -100,6 +102,7 @@ def import_step(
         identity=identity,
         there=Receiving(tier=tier, namespace=namespace, checkpoint=named(step.step, identity), contents=contents),
         allow_pickle=allow_pickle,
+        doubts=whole.doubts,
         progress=progress or (lambda done, total: None),
     )
     return work.by_way_of_a_directory(tier) if isinstance(tier, ShareTier) else work.run()
@@ -114,10 +117,12 @@ class _Import:
     identity: str
     there: Receiving
     allow_pickle: bool
+    doubts: tuple[str, ...]
     progress: Progress
     saved_at: float = 0.0
     done: int = 0
     pickled: list[str] = field(default_factory=list[str])
+    checks: Checks = field(default_factory=Checks)
     wrote: bool = False
 
     @property
@@ -157,7 +162,7 @@ class _Import:
         """For a tier that takes what a rank wrote in one piece: it asks for every byte twice, and has a place for each
         step of an ordinal, whichever attempt's.
         """
-        _check_places(tier, self.checkpoint)
+        self.there.check_places()
         found = self._already()
         if found is not None:
             return found
@@ -204,11 +209,14 @@ class _Import:
             return stream(self.there.tier, [], record, timeout_secs=math.inf)
         try:
             with ExitStack() as stack:
-                shard = stack.enter_context(self.source.shard(self.step, rank))
+                shard = stack.enter_context(self.source.shard(self.step, rank, end=self.contents.ends[rank]))
                 return stream(self.there.tier, self._parts(rank, shard, stack), record, timeout_secs=math.inf)
         except KeyNotFoundError as error:
             raise CorruptPartError(
-                f"the shard of rank {rank} is missing: {error.message}", step=self.step.step, rank=rank
+                f"the shard of rank {rank} is missing: {error.message}",
+                hint=MISSING,
+                step=self.step.step,
+                rank=rank,
             ) from error
 
     def _parts(self, rank: int, shard: Shard, stack: ExitStack) -> list[PartSource]:
@@ -216,13 +224,16 @@ class _Import:
         parts: list[PartSource] = []
         if values:
             name = layout.part_name(rank, VALUES_PART)
-            taken = take_values(name, shard, values, allow_pickle=self.allow_pickle, told=self._tell)
+            taken = take_values(name, shard, values, self.checks, allow_pickle=self.allow_pickle, told=self._tell)
             part = stack.enter_context(taken)
             self.pickled += part.pickled
             parts.append(part)
         if tensors:
             planned = lay_out(layout.part_name(rank, 0), tensors)
-            parts.insert(0, TensorsFrom(layout=planned, shard=shard, entries=tensors, told=self._tell))
+            tensors_part = TensorsFrom(
+                layout=planned, shard=shard, entries=tensors, told=self._tell, checks=self.checks
+            )
+            parts.insert(0, tensors_part)
         return parts
 
     def _tell(self, count: int) -> None:
@@ -278,16 +289,8 @@ class _Import:
             bytes=sum(part.size for record in records.values() for part in record.parts),
             already=already,
             pickled=tuple(self.pickled),
-        )
-
-
-def _check_places(tier: Tier, checkpoint: CheckpointId) -> None:
-    own = [c for c in list_checkpoints(tier) if c.attempt.ordinal == checkpoint.attempt.ordinal]
-    taken = [c for c in own if not c.attempt.is_imported]
-    if taken:
-        raise KeyExistsError(
-            f"{tier.name} holds saves of {taken[0].attempt}, whose places an import would take",
-            hint="Import to a tier that lasts, e.g. kind: s3; a restore finds it there.",
-            step=checkpoint.step,
-            tier=tier.name,
+            doubts=self.doubts,
+            compared=len(self.checks.compared),
+            unchecked=tuple(sorted(set(self.checks.bare.values()))),
+            bare=len(self.checks.bare),
         )

@@ -3,110 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 
 from sm_tiered import layout
 from sm_tiered.errors import FormatError, SaveError
+from sm_tiered_dcp.predecessor.contents import Contents, Span, StoredTensor, StoredValue
 from sm_tiered_dcp.predecessor.tiling import are_apart
 from sm_tiered_dcp.predecessor.unpickling import Made, Named, read_pickle
 from sm_tiered_dcp.tensor_reads import dtype_named
 
-__all__ = ["Contents", "Span", "StoredTensor", "StoredValue", "read_contents"]
+__all__ = ["read_contents"]
 
 _MOST_DIMS = 64
 _LONGEST = 2**62
 _LONGEST_NAME, _DEEPEST = 4096, 256
+_HINT = (
+    "It is damaged, or nothing that amzn-sagemaker-checkpointing wrote. Import an older step, or from the other place "
+    "that it was saved to, S3 or the cluster's service."
+)
 
 _T = TypeVar("_T")
-_Entry = TypeVar("_Entry", "StoredTensor", "StoredValue")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """Where one ``torch.save`` stream stands."""
-
-    rank: int
-    offset: int
-    """First byte inside that rank's shard."""
-    length: int
-
-    @property
-    def end(self) -> int:
-        """The byte after the last."""
-        return self.offset + self.length
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """One chunk of a tensor, or all of it; lengths in elements."""
-
-    fqn: str
-    path: tuple[str | int, ...]
-    span: Span
-    dtype: torch.dtype
-    sizes: tuple[int, ...]
-    offsets: tuple[int, ...]
-    """Where the chunk begins in the whole tensor."""
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredValue:
-    """One Python value."""
-
-    fqn: str
-    path: tuple[str | int, ...]
-    span: Span
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contents:
-    """All that one checkpoint holds."""
-
-    tensors: tuple[StoredTensor, ...]
-    values: tuple[StoredValue, ...]
-
-    entries: tuple[StoredTensor | StoredValue, ...] = field(init=False, repr=False, compare=False)
-    """Both together."""
-    size: int = field(init=False, compare=False)
-    """Of all that is stored, in bytes."""
-    ends: Mapping[int, int] = field(init=False, compare=False)
-    """For each rank that stored something, how long its shard must be at least, in bytes."""
-    _tensors_of: Mapping[int, Sequence[StoredTensor]] = field(init=False, repr=False, compare=False)
-    _values_of: Mapping[int, Sequence[StoredValue]] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Go through all of it once: there may be a million entries, and each of them is asked for."""
-        entries = (*self.tensors, *self.values)
-        ends: dict[int, int] = {}
-        for entry in entries:
-            ends[entry.span.rank] = max(ends.get(entry.span.rank, 0), entry.span.end)
-        object.__setattr__(self, "entries", entries)
-        object.__setattr__(self, "size", sum(entry.span.length for entry in entries))
-        object.__setattr__(self, "ends", ends)
-        object.__setattr__(self, "_tensors_of", _by_rank(self.tensors))
-        object.__setattr__(self, "_values_of", _by_rank(self.values))
-
-    @property
-    def world(self) -> int:
-        """How many ranks wrote it, as far as the highest that stored something tells."""
-        return 1 + max(self.ends, default=0)
-
-    def of(self, rank: int) -> tuple[Sequence[StoredTensor], Sequence[StoredValue]]:
-        """Return what *rank* stored, in the order in which it stands in the shard."""
-        return self._tensors_of.get(rank, ()), self._values_of.get(rank, ())
-
-
-def _by_rank(entries: Iterable[_Entry]) -> Mapping[int, Sequence[_Entry]]:
-    found: dict[int, list[_Entry]] = {}
-    for entry in sorted(entries, key=lambda entry: entry.span.offset):
-        found.setdefault(entry.span.rank, []).append(entry)
-    return found
 
 
 def read_contents(data: bytes, what: str) -> Contents:
@@ -117,17 +36,18 @@ def read_contents(data: bytes, what: str) -> Contents:
         SaveError: there is not enough memory for it.
     """
     try:
-        found = _made(read_pickle(data, what), "Metadata", what)
+        found = read_pickle(data, what)
     except MemoryError as error:
         hint = "It is not damaged: import where there is more."
         raise SaveError(f"{what}: there is not enough memory for what {len(data)} bytes tell", hint=hint) from error
     try:
-        contents = _contents(_fields(found))
+        contents = _contents(_fields(_made(found, "Metadata", "what it holds")))
         _check_apart(contents)
     except FormatError as error:
-        raise FormatError(f"{what}: {error.message}", hint=error.hint) from error
+        raise FormatError(f"{what}: {error.message}", hint=error.hint or _HINT) from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{what} is no DCP metadata: {type(error).__name__}: {str(error)[:120]}") from error
+        said = f"{type(error).__name__}: {str(error)[:120]}"
+        raise FormatError(f"{what} is no DCP metadata: {said}", hint=_HINT) from error
     return contents
 
 
@@ -141,7 +61,7 @@ def _contents(fields: Mapping[str, Any]) -> Contents:
     for name, entry in described.items():
         fqn = _name(name)
         if not isinstance(entry, Made) or entry.name not in ("TensorStorageMetadata", "BytesStorageMetadata"):
-            raise FormatError(f"{fqn} is neither a tensor nor a value")
+            raise FormatError(f"{fqn} is neither a tensor nor a value, but {_shown(entry)}")
         if entry.name == "BytesStorageMetadata":
             values.append(StoredValue(fqn=fqn, path=paths[fqn], span=_taken(spans, fqn, None)))
         else:
@@ -231,7 +151,9 @@ def _paths(planner_data: object, described: Mapping[Any, object]) -> dict[str, t
     for fqn, keys in given.items():
         path = _typed(keys, tuple, f"{_name(fqn)}: path")
         if not 0 < len(path) <= _DEEPEST or not all(type(key) in (str, int) for key in path):
-            raise FormatError(f"{_name(fqn)}: its path is none")
+            raise FormatError(
+                f"{_name(fqn)}: its path is none, {str(path)[:200]}: allowed are 1 to {_DEEPEST} texts and numbers"
+            )
         paths[fqn] = tuple(key if isinstance(key, str) else _int(key, _LONGEST, f"{fqn}: path") for key in path)
         if ".".join(map(str, path)) != fqn:
             raise FormatError(f"{fqn}: its path leads to another name, {str(path)[:200]}")
@@ -241,14 +163,17 @@ def _paths(planner_data: object, described: Mapping[Any, object]) -> dict[str, t
 def _name(value: object) -> str:
     text: str = _typed(value, str, "a name")
     if not 0 < len(text) <= _LONGEST_NAME or layout.parse_part_name(text) is not None:
-        raise FormatError(f"{text[:80]!r} can't be the name of a value")
+        raise FormatError(
+            f"{text[:80]!r} can't be the name of a value: allowed are 1 to {_LONGEST_NAME} characters, but no part's "
+            "name, such as '__0_0.distcp'"
+        )
     return text
 
 
 def _size(value: object, what: str) -> tuple[int, ...]:
     numbers: tuple[object, ...] = _typed(value, tuple, f"{what}: size")
     if len(numbers) > _MOST_DIMS:
-        raise FormatError(f"{what}: {len(numbers)} dimensions")
+        raise FormatError(f"{what}: {len(numbers)} dimensions, allowed are {_MOST_DIMS}")
     return tuple(_int(number, _LONGEST, f"{what}: size") for number in numbers)
 
 
@@ -257,16 +182,24 @@ def _dtype(properties: object, what: str) -> torch.dtype:
     # It pickles itself as (dtype, layout, requires_grad, memory format, pin_memory).
     dtype, order, *_ = _typed(made.state, tuple, f"{what}: properties")
     if not isinstance(order, Made) or order.name != "layout" or order.arguments != ("torch.strided",):
-        raise FormatError(f"{what}: not a dense tensor")
+        raise FormatError(f"{what}: not a dense tensor: its layout is {_shown(order)}, allowed is torch.strided")
     if not isinstance(dtype, Named):
-        raise FormatError(f"{what}: no dtype")
+        raise FormatError(f"{what}: no dtype: {_shown(dtype)}")
     return dtype_named(dtype.name)
 
 
 def _made(value: object, name: str, what: str) -> Made:
     if not isinstance(value, Made) or value.name != name:
-        raise FormatError(f"{what}: a {name} was expected")
+        raise FormatError(f"{what}: a {name} was expected, not {_shown(value)}")
     return value
+
+
+def _shown(value: object) -> str:
+    """What stands there, in few words: whatever it is, it may be deep."""
+    if isinstance(value, Made):
+        first = value.arguments[:1]
+        return f"{value.name} {first[0][:40]}" if first and isinstance(first[0], str) else value.name
+    return value.name if isinstance(value, Named) else f"a {type(value).__name__}"
 
 
 def _fields(made: Made) -> Mapping[str, Any]:

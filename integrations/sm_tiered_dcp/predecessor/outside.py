@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -40,25 +40,25 @@ class Outside:
         with _said_of_it():
             return self._source.listed()
 
-    def sizes(self, step: Listed, ranks: Collection[int]) -> Mapping[int, int]:
+    def sizes(self, step: Listed) -> Mapping[int, int]:
         """See `Source.sizes`."""
         with _said_of_it():
-            return self._source.sizes(step, ranks)
+            return self._source.sizes(step)
 
-    def identity(self, step: Listed, ranks: Collection[int], *, again: bool = False) -> str:
+    def identity(self, step: Listed, ends: Mapping[int, int], *, again: bool = False) -> str:
         """See `Source.identity`."""
         with _said_of_it():
-            return self._source.identity(step, ranks, again=again)
+            return self._source.identity(step, ends, again=again)
 
     def metadata(self, step: Listed) -> bytes:
         """See `Source.metadata`."""
         with _said_of_it():
             return self._source.metadata(step)
 
-    def shard(self, step: Listed, rank: int) -> AbstractContextManager[Shard]:
+    def shard(self, step: Listed, rank: int, *, end: int) -> AbstractContextManager[Shard]:
         """See `Source.shard`."""
         with _said_of_it():
-            return _opened(self._source.shard(step, rank))
+            return _opened(self._source.shard(step, rank, end=end))
 
     def close(self) -> None:
         """See `Source.close`."""
@@ -71,6 +71,7 @@ class _Shard:
 
     title: str
     size: int
+    compared: bool
     shard: Shard = field(repr=False)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -84,7 +85,7 @@ def _opened(shard: AbstractContextManager[Shard]) -> Generator[Shard, None, None
     with _said_of_it():
         found = shard.__enter__()
     try:
-        yield _Shard(title=found.title, size=found.size, shard=found)
+        yield _Shard(title=found.title, size=found.size, compared=found.compared, shard=found)
     finally:
         shard.__exit__(None, None, None)
 

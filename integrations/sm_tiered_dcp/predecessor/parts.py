@@ -12,8 +12,8 @@ from sm_tiered.checksum import CHUNK_BYTES
 from sm_tiered.records import Item, ItemTable
 from sm_tiered_dcp.copies import Piece, in_chunks
 from sm_tiered_dcp.dcp_parts import LaidOut, TensorEntry, TensorLayout, layout_tensors
-from sm_tiered_dcp.predecessor.metadata import StoredTensor, StoredValue
-from sm_tiered_dcp.predecessor.shards import Shard, read_tensors, read_values
+from sm_tiered_dcp.predecessor.contents import StoredTensor, StoredValue
+from sm_tiered_dcp.predecessor.shards import Checks, Shard, read_tensors, read_values
 from sm_tiered_dcp.predecessor.temporary import using_temporary
 
 __all__ = ["TensorsFrom", "ValuesFrom", "lay_out", "take_values"]
@@ -47,6 +47,7 @@ class TensorsFrom(LaidOut):
     entries: Sequence[StoredTensor] = field(repr=False)
     told: Callable[[int], None] = field(repr=False)
     """Is told how many bytes of the shard each tensor took."""
+    checks: Checks = field(repr=False)
     replica: bool = False
     recycled: bool = False
 
@@ -60,7 +61,7 @@ class TensorsFrom(LaidOut):
         return in_chunks(self._pieces(), self.size)
 
     def _pieces(self) -> Iterator[Piece]:
-        end, tensors = 0, read_tensors(self.shard, self.entries)
+        end, tensors = 0, read_tensors(self.shard, self.entries, self.checks)
         for item, found, entry in zip(self.table.items, self.layout.skeletons, self.entries, strict=True):
             tensor = next(tensors)
             yield item.offset - end, bytes(item.offset - end)
@@ -112,7 +113,13 @@ def _fill(buffer: memoryview, chunks: Iterator[memoryview]) -> None:
 
 
 def take_values(
-    name: str, shard: Shard, entries: Sequence[StoredValue], *, allow_pickle: bool, told: Callable[[int], None]
+    name: str,
+    shard: Shard,
+    entries: Sequence[StoredValue],
+    checks: Checks,
+    *,
+    allow_pickle: bool,
+    told: Callable[[int], None],
 ) -> AbstractContextManager[ValuesFrom]:
     """Read the values of *entries* out of *shard* into a part called *name*.
 
@@ -127,7 +134,7 @@ def take_values(
     pickled: list[str] = []
     at, length = 0, sum(entry.span.length for entry in entries)
     try:
-        for entry, value in zip(entries, read_values(shard, entries, allow_pickle=allow_pickle), strict=True):
+        for entry, value in zip(entries, read_values(shard, entries, checks, allow_pickle=allow_pickle), strict=True):
             with using_temporary(f"the values in {shard.title}", length):
                 file.write(value.data)
             items.append(Item(fqn=entry.fqn, path=entry.path, part=name, offset=at, length=len(value.data)))

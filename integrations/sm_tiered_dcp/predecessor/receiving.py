@@ -23,7 +23,7 @@ from sm_tiered.records import CheckpointId, Item, Manifest, Record
 from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.shares import ShareTier
 from sm_tiered.verify import Report, State, verify_checkpoint
-from sm_tiered_dcp.predecessor.metadata import Contents
+from sm_tiered_dcp.predecessor.contents import Contents
 from sm_tiered_dcp.values import load_value
 
 __all__ = ["Receiving"]
@@ -56,6 +56,22 @@ class Receiving:
             if manifest.tombstone:
                 raise self.deleted()
             return self._records()
+
+    def check_places(self) -> None:
+        """Refuse a tier with one place for each step of an ordinal where saves of our own are in those places.
+
+        Raises:
+            KeyExistsError: they are.
+        """
+        ordinal = self.checkpoint.attempt.ordinal
+        own = [c for c in list_checkpoints(self.tier) if c.attempt.ordinal == ordinal and not c.attempt.is_imported]
+        if own:
+            raise KeyExistsError(
+                f"{self.tier.name} holds saves of {own[0].attempt}, whose places an import would take",
+                hint="Import to a tier that lasts, e.g. kind: s3; a restore finds it there.",
+                step=self.checkpoint.step,
+                tier=self.tier.name,
+            )
 
     def left(self) -> dict[int, Record]:
         """Return the records, by rank, that an earlier try left there.

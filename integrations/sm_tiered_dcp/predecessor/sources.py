@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,15 +50,15 @@ class Source(Protocol):
         """
         ...
 
-    def sizes(self, step: Listed, ranks: Collection[int]) -> Mapping[int, int]:
-        """Return the size, in bytes, of each shard of *ranks* that is there."""
+    def sizes(self, step: Listed) -> Mapping[int, int]:
+        """Return the size, in bytes, of each shard that is there, by rank; also of those that no metadata names."""
         ...
 
-    def identity(self, step: Listed, ranks: Collection[int], *, again: bool = False) -> str:
-        """Return 32 hex digits that tell this save of *step*, by *ranks*, from any other.
+    def identity(self, step: Listed, ends: Mapping[int, int], *, again: bool = False) -> str:
+        """Return 32 hex digits that tell this save of *step*, by the ranks of *ends*, from any other.
 
-        They are others as soon as anything of it was written anew or deleted. *again*: nothing that was learnt before
-        is believed.
+        They are others as soon as anything of it was written anew or deleted. *ends*: how long each rank's shard must
+        be; not much more is received. *again*: nothing that was learnt before is believed.
         """
         ...
 
@@ -71,12 +71,15 @@ class Source(Protocol):
         """
         ...
 
-    def shard(self, step: Listed, rank: int) -> AbstractContextManager[Shard]:
+    def shard(self, step: Listed, rank: int, *, end: int) -> AbstractContextManager[Shard]:
         """Open the shard of *rank*, whose own checksum, where there is one, is right.
+
+        *end*: where, by the metadata, the last value in it ends. A place that is not read in pieces is not believed to
+        end there: it may send little more.
 
         Raises:
             KeyNotFoundError: it is not there.
-            CorruptPartError: it differs from its checksum.
+            CorruptPartError: it differs from its checksum, or is far longer than *end*.
         """
         ...
 
@@ -93,6 +96,8 @@ class _TierShard:
     key: str
     title: str
     size: int
+    compared: bool = False
+    """What the place itself may know of its objects is not ours to see."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         if len(buffer):
@@ -160,15 +165,14 @@ class TierSource:
             newer=tuple(rank for rank, entry in shards.items() if at is not None and entry.modified_at > at),
         )
 
-    def sizes(self, step: Listed, ranks: Collection[int]) -> Mapping[int, int]:
-        """Return the size, in bytes, of each shard of *ranks* that is there."""
-        files = self._files[step.name]
-        return {rank: file.entry.size for (rank, kind), file in files.items() if kind == SHARD and rank in ranks}
+    def sizes(self, step: Listed) -> Mapping[int, int]:
+        """Return the size, in bytes, of each shard that is there, by rank."""
+        return {rank: file.entry.size for (rank, kind), file in self._files[step.name].items() if kind == SHARD}
 
-    def identity(self, step: Listed, ranks: Collection[int], *, again: bool = False) -> str:
+    def identity(self, step: Listed, ends: Mapping[int, int], *, again: bool = False) -> str:
         """Return 32 hex digits that tell this save of *step* from any other: by sizes, times and versions of files."""
         metadata = self._metadata_file(step.name)
-        wanted = [self._files[step.name].get((rank, SHARD)) for rank in sorted(ranks)]
+        wanted = [self._files[step.name].get((rank, SHARD)) for rank in sorted(ends)]
         found = xxhash.xxh3_128(self._title.encode())
         for file in (metadata, *wanted):
             entry = None if file is None else _asked_again(file) if again else file.entry
@@ -185,14 +189,24 @@ class TierSource:
         """Return the pickled metadata."""
         file = self._metadata_file(step.name)
         if file is None:
-            raise KeyNotFoundError(f"{self._title}: step {step.step} has no metadata")
+            raise KeyNotFoundError(
+                f"{self._title}: step {step.step} has no metadata",
+                hint="Its save never ended. Import another step.",
+                step=step.step,
+            )
         return file.tier.get(file.entry.key, max_bytes=MAX_BYTES).data
 
-    def shard(self, step: Listed, rank: int) -> AbstractContextManager[Shard]:
-        """Open the shard of *rank*; torch's own checksums are inside it."""
+    def shard(self, step: Listed, rank: int, *, end: int) -> AbstractContextManager[Shard]:
+        """Open the shard of *rank*; torch's own checksums are inside it, and it is read in pieces."""
+        del end  # of what stands behind it nothing is ever asked for
         file = self._files[step.name].get((rank, SHARD))
         if file is None:
-            raise KeyNotFoundError(f"{self._title}: step {step.step} has no shard of rank {rank}")
+            raise KeyNotFoundError(
+                f"{self._title}: step {step.step} has no shard of rank {rank}",
+                hint="Import an older step.",
+                step=step.step,
+                rank=rank,
+            )
         title = f"{self._title}/{file.entry.key}"
         return nullcontext(_TierShard(tier=file.tier, key=file.entry.key, title=title, size=file.entry.size))
 

@@ -51,6 +51,7 @@ _DTYPES = frozenset(
 _MOST_OPCODES, _MOST_MADE = 150_000_000, 60_000_000
 """As many, and as many objects, as metadata of `MAX_BYTES` has that a save wrote."""
 _LONGEST_INT_BYTES = 16
+_HINT = "Nothing of it was run. Import an older step, or from the other place that it was saved to."
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,8 @@ def read_pickle(data: bytes, what: str) -> object:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         said = " ".join(str(error).split())[:120]
-        raise FormatError(f"{what} is no pickled DCP metadata: {type(error).__name__}: {said}") from error
-    raise FormatError(f"{what} is no pickled DCP metadata: it does not end")
+        raise FormatError(f"{what} is no pickled DCP metadata: {type(error).__name__}: {said}", hint=_HINT) from error
+    raise FormatError(f"{what} is no pickled DCP metadata: it does not end", hint=_HINT)
 
 
 def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
