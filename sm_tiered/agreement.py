@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from sm_tiered.errors import RankFailedError, StructureError, TierError, typed
@@ -85,9 +85,9 @@ class Negotiator:
         if request.gave_up is not None and not agreed.went_on:
             # On all ranks alike: nobody has written anything, the step is free again.
             store.line.forget(request.gave_up)
-        busy = self._busy(agreed)
-        if agreed.drain_failed:
-            self._promotions.abandon(agreed.drain_failed)
+        for tier, failed in zip(store.settings.tiers, agreed.drain_failed, strict=False):
+            if failed:
+                self._promotions.abandon(failed - 1, tier.name)
         repeated = self.handles.get(checkpoint)
         if repeated is None:
             # Noted here, where all ranks are: whatever stops one of them now, their lines stay alike. It counts as
@@ -98,12 +98,12 @@ class Negotiator:
             for known in set(self.written) - set(store.generations.line):
                 del self.written[known]
         no_room = agreed.no_room if store.generations.watermark == before else agreed.no_room_yet
-        tiers = self._names(agreed.tiers)
+        tiers = frozenset(tier.name for bit, tier in enumerate(store.settings.tiers) if agreed.tiers >> bit & 1)
         return Agreement(
             checkpoint=checkpoint,
             tiers=tiers,
             due=tiers & store.tiers.durable.keys(),
-            busy=busy,
+            busy=self._busy(agreed),
             urgent=request.urgent,
             in_memory=not no_room,
             structure_changed=agreed.structure_changed,
@@ -115,18 +115,10 @@ class Negotiator:
 
     def _busy(self, agreed: Agreed) -> frozenset[str]:
         """What failed is in flight no more; what else is in its lane still is."""
-        busy = self._names(agreed.draining)
-        if not agreed.drain_failed:
-            return busy
-        lane = self._promotions.lane_of(agreed.drain_failed)
-        return busy - lane | self._names(agreed.draining_more) & lane
-
-    def _names(self, mask: int) -> frozenset[str]:
-        tiers = self._store.settings.tiers
-        return frozenset(tier.name for bit, tier in enumerate(tiers) if mask >> bit & 1)
-
-    def _mask(self, names: Collection[str]) -> int:
-        return sum(1 << bit for bit, tier in enumerate(self._store.settings.tiers) if tier.name in names)
+        settings, told = self._store.settings, zip(agreed.in_flight, agreed.drain_failed, strict=True)
+        left = (count - bool(failed) for count, failed in told)
+        lanes = {tier.lane for tier, count in zip(settings.tiers, left, strict=False) if count > 0}
+        return frozenset(tier.name for tier in settings.durable if tier.lane in lanes)
 
     def _refuse(self, request: Request, agreed: Agreed) -> None:
         if request.failure is not None:
@@ -160,7 +152,7 @@ class Negotiator:
             )
 
     def _offer(self, request: Request) -> Offer:
-        store = self._store
+        store, names = self._store, [tier.name for tier in self._store.settings.tiers]
         written = [self.written.get(checkpoint, True) for checkpoint in store.generations.recent()]
         try:
             in_flight = self._promotions.look()
@@ -171,16 +163,15 @@ class Negotiator:
             in_flight, no_room, no_room_yet = self._promotions.seen(), True, True
         return Offer(
             step=request.step,
-            tiers=self._mask(request.tiers),
+            tiers=sum(1 << bit for bit, name in enumerate(names) if name in request.tiers),
             structure_changed=request.structure_changed,
             values_signature=request.values_signature,
             values_fingerprint=request.values_fingerprint,
             failed=request.failure is not None,
             no_room=no_room,
             no_room_yet=no_room_yet,
-            draining=self._mask(in_flight.busy),
-            draining_more=self._mask(in_flight.busier),
-            drain_failed=in_flight.failed,
+            in_flight=tuple(in_flight.counts.get(name, 0) for name in names),
+            drain_failed=tuple(in_flight.failed.get(name, -1) + 1 for name in names),
             gave_up=request.gave_up is not None,
             went_on=request.gave_up is None,
             written=tuple(written + [False] * (HISTORY - len(written))),

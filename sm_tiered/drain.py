@@ -71,7 +71,7 @@ class _Promotion:
 
 
 class Drain:
-    """Works through one *lane* of a node's queue, or with None through all.
+    """Works through those entries of a node's queue that *entries* returns, whenever it is asked.
 
     Not thread-safe; one process at a time, guarded by the drainer's lock.
     """
@@ -84,18 +84,17 @@ class Drain:
         target: Callable[[Entry], Target],
         compose: Callable[[str], Compose],
         events: Events,
-        lane: int | None = None,
+        entries: Callable[[], list[Entry]],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._memory, self._queue, self._target, self._lane = memory, queue, target, lane
+        self._memory, self._queue, self._target, self._entries = memory, queue, target, entries
         self._compose, self._events, self._clock = compose, events, clock
         self._promotions: dict[tuple[CheckpointId, str], _Promotion] = {}
         self._sender = Sender(memory)
 
     def turn(self) -> float | None:
         """Do what can be done now. Return the seconds until there may be more to do, or None when nothing is queued."""
-        waiting = [entry for entry in self._queue.entries() if self._lane in (None, entry.lane)]
-        grouped = itertools.groupby(waiting, key=lambda entry: (entry.checkpoint, entry.tier))
+        grouped = itertools.groupby(self._entries(), key=lambda entry: (entry.checkpoint, entry.tier))
         found = {key: list(entries) for key, entries in grouped}
         for key in set(self._promotions) - set(found):
             del self._promotions[key]

@@ -97,6 +97,7 @@ class _Targets:
         self._recipes: dict[str, Recipe] = {}
         self._reading = threading.Lock()
         self._tiers: dict[tuple[str, str], Tier] = {}
+        self._lanes: dict[tuple[str, str], int] = {}
         self._published: set[tuple[str, Attempt]] = set()
         self._swept: set[str] = set()
         self._publisher = Publisher(memory)
@@ -110,6 +111,16 @@ class _Targets:
                 found = self._recipes[entry.recipe] = Recipe.from_json(self._queue.recipe(entry.recipe))
                 self._undo_logs.append(install(found.settings().log, namespace=found.namespace, rank=None))
             return found
+
+    def lane(self, entry: Entry) -> int:
+        """Return the lane of *entry*'s tier."""
+        key = (entry.recipe, entry.tier)
+        if key not in self._lanes:
+            try:
+                self._lanes[key] = self.recipe(entry).settings().tier(entry.tier).lane
+            except (TieredError, ValueError):
+                return 0  # `target` fails of it too, and that is told
+        return self._lanes[key]
 
     def target(self, entry: Entry) -> Target:
         """Return the tier of *entry*, with the attempt's own record on it."""
@@ -209,17 +220,14 @@ class _Lanes:
         self._threads = ThreadPoolExecutor(_MOST_LANES, thread_name_prefix="sm_tiered-lane")
         self._ended = threading.Event()
 
-    def work(self, waiting: Iterable[Entry]) -> bool:
-        """See that each lane of what is *waiting* is worked on; return whether any is.
-
-        Raises:
-            Exception: what ended the work on one.
-        """
+    def work(self, lanes: Iterable[int]) -> bool:
+        """See that each of *lanes* is worked on; return whether any is. What ended one is logged: it begins anew."""
         for lane, running in list(self._running.items()):
             if running.done():
                 del self._running[lane]
-                running.result()
-        for lane in {entry.lane for entry in waiting} - self._running.keys():
+                if (error := running.exception()) is not None:
+                    logging.getLogger("sm_tiered").error("lane %d of the drain ended: %s", lane, error, exc_info=error)
+        for lane in set(lanes) - self._running.keys():
             if lane not in self._drains:
                 self._drains[lane] = self._make(lane)
             self._running[lane] = self._threads.submit(self._drain, self._drains[lane])
@@ -242,14 +250,14 @@ def _run(memory: MemoryTier, namespace: str, lock: FileLock, stopping: list[int]
     queue = Queue(memory)
     events = Events(namespace=namespace, rank=None, path=event_files.of_drainer(Path(memory.root)))
     targets = _Targets(memory, queue, events)
-    for entry in queue.entries():
-        with suppress(TieredError, ValueError):  # `target` fails of it too, and that is told
-            targets.recipe(entry)
-    with closing(
-        _Lanes(
-            lambda lane: Drain(memory, queue, target=targets.target, compose=finisher, events=events, lane=lane),
-        )
-    ) as lanes:
+
+    def make(lane: int) -> Drain:
+        def entries() -> list[Entry]:
+            return [entry for entry in queue.entries() if targets.lane(entry) == lane]
+
+        return Drain(memory, queue, target=targets.target, compose=finisher, events=events, entries=entries)
+
+    with closing(_Lanes(make)) as lanes:
         _work(memory, queue, lock, lanes, targets, stopping)
     targets.close()
     events.close()
@@ -262,7 +270,7 @@ def _work(
     busy_at = time.monotonic()
     # When somebody deleted the directory, another drainer works on what stands there now.
     while lock.stands():
-        if lanes.work(queue.entries()):
+        if lanes.work(map(targets.lane, queue.entries())):
             busy_at = time.monotonic()
             time.sleep(_BUSY_LOOK_SECS)
             continue

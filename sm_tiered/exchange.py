@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from sm_tiered.group import Group
 
-__all__ = ["HISTORY", "Agreed", "Offer", "exchange"]
+__all__ = ["HISTORY", "MOST_TIERS", "Agreed", "Offer", "exchange"]
 
 HISTORY = 8
 """How many of the last saves a rank reports on."""
 
-_MOST_TIERS = 16
+MOST_TIERS = 16
 """So many tiers a recipe can have."""
+
+_FLAGS = ("structure_changed", "no_room", "no_room_yet", "preempted", "gave_up", "went_on", "requested")
+"""What holds for all as soon as it holds for one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +44,10 @@ class Offer:
     """No generation is free."""
     no_room_yet: bool = False
     """No generation is free even once the save before this one is known to be whole."""
-    draining: int = 0
-    """Bit i: a promotion is in flight in the lane of tier i."""
-    draining_more: int = 0
-    """Bit i: more than one is."""
-    drain_failed: int = 0
-    """Which promotion failed here (see `Promotions.look`); 0: none."""
+    in_flight: tuple[int, ...] = ()
+    """For each tier of the recipe, how many promotions to it are in flight."""
+    drain_failed: tuple[int, ...] = ()
+    """For each, one more than the newest step of which one has failed here; 0: none has."""
     preempted: bool = False
     requested: bool = False
     """This rank sees a request for a save."""
@@ -72,10 +74,10 @@ class Agreed:
     failed_rank: int | None
     no_room: bool
     no_room_yet: bool
-    draining: int
-    """See `Offer`, as are the bits of any rank's."""
-    draining_more: int
-    drain_failed: int
+    in_flight: tuple[int, ...]
+    """For each tier, as many as on the rank that has most."""
+    drain_failed: tuple[int, ...]
+    """For each, the newest of all ranks'."""
     preempted: bool
     requested: bool
     cost_micros: int
@@ -94,48 +96,41 @@ def exchange(group: Group, offer: Offer) -> Agreed:
 
 def _encode(offer: Offer, rank: int) -> list[int]:
     alike = [offer.step, offer.values_signature, offer.values_fingerprint]
-    flags = [
-        offer.structure_changed,
-        offer.no_room,
-        offer.no_room_yet,
-        offer.drain_failed,
-        offer.preempted,
-        offer.gave_up,
-        offer.went_on,
-        offer.requested,
+    lists = [
+        *alike,
+        *(-value for value in alike),
+        *(bool(getattr(offer, name)) for name in _FLAGS),
+        rank + 1 if offer.failed else 0,
         offer.cost_micros,
         *(not done for done in offer.written),
+        *(mask >> bit & 1 for mask in (offer.tiers, offer.decided) for bit in range(MOST_TIERS)),
     ]
-    masks = (offer.tiers, offer.decided, offer.draining, offer.draining_more)
-    bits = [mask >> bit & 1 for mask in masks for bit in range(_MOST_TIERS)]
-    return [*alike, *(-value for value in alike), rank + 1 if offer.failed else 0, *map(int, flags), *bits]
+    by_tier = ((*values, *[0] * (MOST_TIERS - len(values))) for values in (offer.in_flight, offer.drain_failed))
+    return [*map(int, lists), *chain(*by_tier)]
 
 
 def _decode(highest: Sequence[int]) -> Agreed:
-    same = [highest[index] == -highest[index + 3] for index in range(3)]
-    changed, no_room, no_room_yet, _, preempted, gave_up, went_on, requested = map(bool, highest[7:15])
-    missing = highest[16 : 16 + HISTORY]
-    bits = highest[16 + HISTORY :]
-    tiers, decided, draining, more = (_mask(bits[at : at + _MOST_TIERS]) for at in range(0, len(bits), _MOST_TIERS))
+    left = iter(highest)
+
+    def some(count: int) -> tuple[int, ...]:
+        return tuple(islice(left, count))
+
+    alike, negated = some(3), some(3)
+    same = [value == -other for value, other in zip(alike, negated, strict=True)]
+    flags = dict(zip(_FLAGS, map(bool, some(len(_FLAGS))), strict=True))
+    failed_rank, cost_micros = some(2)
     return Agreed(
         same_step=same[0],
         same_value_names=same[1],
         same_values=same[2],
-        failed_rank=highest[6] - 1 if highest[6] else None,
-        structure_changed=changed,
-        no_room=no_room,
-        no_room_yet=no_room_yet,
-        draining=draining,
-        draining_more=more,
-        drain_failed=highest[10],
-        preempted=preempted,
-        requested=requested,
-        cost_micros=highest[15],
-        gave_up=gave_up,
-        went_on=went_on,
-        written=tuple(not value for value in missing),
-        tiers=tiers,
-        decided=decided,
+        **flags,
+        failed_rank=failed_rank - 1 if failed_rank else None,
+        cost_micros=cost_micros,
+        written=tuple(not missing for missing in some(HISTORY)),
+        tiers=_mask(some(MOST_TIERS)),
+        decided=_mask(some(MOST_TIERS)),
+        in_flight=some(MOST_TIERS),
+        drain_failed=some(MOST_TIERS),
     )
 
 

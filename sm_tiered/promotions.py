@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from sm_tiered.drainer import QUEUE_LOCK
 from sm_tiered.errors import SaveError, TieredError, TierUnavailableError
@@ -28,14 +28,12 @@ _LOCK_SECS = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InFlight:
-    """What one rank sees of its promotions, told by tiers: those of one lane share the answer."""
+    """What one rank sees of its promotions."""
 
-    busy: frozenset[str]
-    """A promotion is in flight in the tier's lane."""
-    busier: frozenset[str]
-    """More than one is."""
-    failed: int = 0
-    """A number for one that has failed here, or 0. A larger one is a later step; `Promotions.abandon` takes it."""
+    counts: Mapping[str, int]
+    """By tier, how many are in flight, those that have failed here among them until all ranks have heard of it."""
+    failed: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By tier, the newest step of the present attempt that has failed here."""
 
 
 class Promotions:
@@ -59,29 +57,11 @@ class Promotions:
         self._in_flight = [pair for pair, result in ended.items() if result is None or pair in told]
         self._withdrawn &= set(self._in_flight)
         self._handed &= set(self._in_flight)
-        return self.seen(max((self._number(*pair) for pair in told), default=0))
+        return replace(self.seen(), failed={tier: c.step for c, tier in sorted(told)})
 
-    def seen(self, failed: int = 0) -> InFlight:
-        """Return what was in flight at the last look."""
-        settings = self._store.settings
-        counts = Counter(settings.tier(tier).lane for _, tier in self._in_flight)
-        lanes = {tier.name: counts[tier.lane] for tier in settings.durable}
-        return InFlight(
-            busy=frozenset(tier for tier, count in lanes.items() if count),
-            busier=frozenset(tier for tier, count in lanes.items() if count > 1),
-            failed=failed,
-        )
-
-    def lane_of(self, number: int) -> frozenset[str]:
-        """Return the tiers in the lane of the promotion of that *number*."""
-        settings = self._store.settings
-        lane = settings.tiers[(number - 1) % len(settings.tiers)].lane
-        return frozenset(tier.name for tier in settings.durable if tier.lane == lane)
-
-    def _number(self, checkpoint: CheckpointId, tier: str) -> int:
-        """A number, the same on all ranks, for a promotion of the present attempt; above 0."""
-        names = [known.name for known in self._store.settings.tiers]
-        return checkpoint.step * len(names) + names.index(tier) + 1
+    def seen(self) -> InFlight:
+        """Return what was in flight at the last look, nothing of it known to have failed."""
+        return InFlight(counts=Counter(tier for _, tier in self._in_flight))
 
     def _ended(self, checkpoint: CheckpointId, tier: str) -> tuple[TieredError | None] | None:
         queue = self._store.queue
@@ -112,9 +92,13 @@ class Promotions:
         return not is_there() and not is_there()
 
     def choose(self, step: int, due: Iterable[str], *, busy: Collection[str], urgent: bool) -> frozenset[str]:
-        """Return the durable tiers that *step* goes to now; those that are *busy* are only marked, unless *urgent*."""
-        wanted = frozenset(due) | frozenset(self._marked)
-        chosen = wanted if urgent else wanted.difference(busy)
+        """Return the durable tiers that *step* goes to now; those that are *busy* are only marked, unless *urgent*.
+
+        What was marked before waits until its tier is free.
+        """
+        due = frozenset(due)
+        free = due.union(self._marked).difference(busy)
+        chosen = free | due if urgent else free
         for tier in sorted(chosen.union(due)):
             older = self._marked.pop(tier, step)
             if older != step:
@@ -155,7 +139,6 @@ class Promotions:
                     deadline_at=time.time() + settings.tier(tier).in_flight_secs(settings.commit_deadline_secs),
                     patient=settings.tier(tier).patient,
                     place=settings.place_of(tier),
-                    lane=settings.tier(tier).lane,
                 )
                 queue.put(entry)
                 self._handed.add((checkpoint, tier))
@@ -175,21 +158,20 @@ class Promotions:
                 queue.remove(entry)
         self._handed -= pairs
 
-    def abandon(self, number: int) -> None:
-        """Give up the promotion of that *number* (see `look`): it failed on a rank, so it can't become whole."""
+    def abandon(self, step: int, tier: str) -> None:
+        """Give up the promotion of *step* to *tier*: it failed on a rank, so it can't become whole."""
         queue, rank = self._store.queue, self._store.group.rank
         if queue is None:
             return
-        current = self._store.line.current
-        lost_pairs = [p for p in self._in_flight if p[0].attempt == current and self._number(*p) == number]
+        lost = [c for c, to in self._in_flight if (c.attempt, c.step, to) == (self._store.line.current, step, tier)]
         for entry in queue.entries():
-            if entry.rank == rank and (entry.checkpoint, entry.tier) in lost_pairs:
+            if (entry.rank, entry.tier) == (rank, tier) and entry.checkpoint in lost:
                 queue.remove(entry)
-        for checkpoint, tier in lost_pairs:
+        for checkpoint in lost:
             if queue.result(checkpoint, tier) is None:
-                lost = SaveError("another node could not promote it", step=checkpoint.step, tier=tier)
-                queue.put_result(checkpoint, tier, lost)
-        self._in_flight = [pair for pair in self._in_flight if pair not in lost_pairs]
+                error = SaveError("another node could not promote it", step=checkpoint.step, tier=tier)
+                queue.put_result(checkpoint, tier, error)
+        self._in_flight = [(c, to) for c, to in self._in_flight if to != tier or c not in lost]
 
     def withdraw(self, checkpoint: CheckpointId, tiers: Iterable[str]) -> None:
         """Say that *checkpoint* does not go through the drainer after all. Any thread may."""

@@ -47,8 +47,6 @@ class Entry:
     """Whether a tier that does not answer is asked until then; else its own retries are all."""
     place: int = 0
     """Of the tier in the recipe: of one checkpoint the nearest tier comes first."""
-    lane: int = 0
-    """Entries of one lane are worked on one after the other, lanes beside each other."""
     sent: bool = False
     """Parts and record are on the tier; what is left is the commit."""
 
@@ -164,7 +162,6 @@ def _entry(data: bytes, *, sent: bool) -> Entry:
             deadline_at=float(str(fields["deadline_at"])),
             patient=fields.get("patient", True) is not False,
             place=int(str(fields.get("place", 0))),
-            lane=int(str(fields.get("lane", 0))),
             sent=sent,
         )
     except (ValueError, KeyError, TypeError) as error:

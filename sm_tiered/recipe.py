@@ -16,6 +16,7 @@ from typing import Annotated, Literal, cast
 from pydantic import AfterValidator, PrivateAttr, ValidationError, field_validator
 
 from sm_tiered.errors import ConfigError, RecipeError
+from sm_tiered.exchange import MOST_TIERS
 from sm_tiered.layout import check_namespace
 from sm_tiered.policies import AnyOf, EveryNSteps, OnRequest, SavePolicy, members_of
 from sm_tiered.recipe_fields import shown
@@ -86,6 +87,8 @@ class Recipe(Section):
     def _tiers_fit(cls, tiers: dict[str, Tier]) -> dict[str, Tier]:
         if not tiers:
             raise ConfigError("no tier", hint="Name at least one: tiers: {memory: {kind: memory}}.")
+        if len(tiers) > MOST_TIERS:
+            raise ConfigError(f"{len(tiers)} tiers, at most {MOST_TIERS}", hint="Leave out those that nothing needs.")
         places: dict[tuple[str, ...], str] = {}
         for position, (name, tier) in enumerate(tiers.items()):
             if not _TIER_NAME.fullmatch(name):

@@ -175,7 +175,7 @@ class _Training:
             self._block(self._given.blocked_secs)
             copies.append(Planned(step=step, at=begun, usable_at=self.now))
         at = copies[-1].at
-        for tier in sorted(promote):
+        for tier in sorted(promote, key=self._settings.place_of):
             if any(planned.step == step for planned in self._run.planned[tier][-1:]):
                 continue
             lane = self._durable[tier].lane
@@ -187,8 +187,9 @@ class _Training:
 
     def _choose(self, step: int, due: Iterable[str], *, urgent: bool) -> frozenset[str]:
         """As `Promotions.choose`."""
-        wanted = frozenset(due) | frozenset(self._marked)
-        chosen = wanted if urgent else frozenset(tier for tier in wanted if self.now >= self._free_at(tier))
+        due = frozenset(due)
+        free = frozenset(tier for tier in due.union(self._marked) if self.now >= self._free_at(tier))
+        chosen = free | due if urgent else free
         for tier in chosen.union(due):
             older = self._marked.pop(tier, step)
             if older != step:

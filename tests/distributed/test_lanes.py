@@ -15,7 +15,8 @@ from sm_tiered.testing.daemon import StandInDaemon
 from sm_tiered.testing.daemon_faults import DaemonFault
 from sm_tiered.testing.proxy import FaultProxy, Rule
 from sm_tiered_dcp import TieredCheckpointer
-from tests.distributed.dcp_jobs import pause, raised, recipe, s3_tier, start, tell
+from tests.distributed.dcp_jobs import pause, raised, recipe, run, s3_tier, start, tell
+from tests.waiting import wait_until
 
 WORLD = 2
 REFUSED = 2
@@ -37,10 +38,11 @@ def s3(s3_settings: S3Settings) -> Iterator[tuple[FaultProxy, dict[str, Any]]]:
         yield proxy, tier
 
 
-def _recipe(memory: Path, url: str, storage: dict[str, Any]) -> dict[str, Any]:
+def _recipe(memory: Path, url: str, storage: dict[str, Any], *, last: str = "storage") -> dict[str, Any]:
     cluster = {"kind": "hyperpod", "url": url, "save": {"every_n_steps": 1}, "keep": {"latest": 9}}
-    cluster |= {"request_timeout_secs": 3, "commit_deadline_secs": 45, "retry": {"attempts": 30, "deadline_secs": 45}}
+    cluster |= {"request_timeout_secs": 3, "commit_deadline_secs": 300, "retry": {"attempts": 99, "deadline_secs": 300}}
     tiers = {"cluster": cluster, "storage": {**storage, "save": {"every_n_steps": 1}}}
+    tiers[last] = tiers.pop(last)
     return recipe(memory, memory, memory={"keep": {"latest": 1}}, disk=None, tiers=tiers)
 
 
@@ -114,3 +116,25 @@ def test_while_both_hang_saves_go_on_in_memory(
 
     left_out = _run(str(tmp_path), daemon.url, tier, ["cluster", *["memory"] * 4], "storage", let_go=let_go)
     assert left_out == [{"memory": [], "cluster": [3, 4, 5], "storage": [2, 3, 4, 5]}] * WORLD
+
+
+def test_an_upload_that_failed_is_told_however_often_the_cluster_refuses(
+    tmp_path: Path, daemon: StandInDaemon, s3: tuple[FaultProxy, dict[str, Any]]
+) -> None:
+    """All that has failed is told at once: a lane whose failure waits for its turn would stay busy."""
+    proxy, tier = s3
+    proxy.restart(Rule(kind="status", status=403, code="AccessDenied", match=("PUT ", ".distcp"), times=1))
+    daemon.restart(DaemonFault(kind="status", status=400, method="POST", path=r"/0/\d*[1-9]$"))
+    assert run(1, _save_while_refused, str(tmp_path), daemon.url, tier) == [["TierRefusedError", "", ""]]
+
+
+def _save_while_refused(rank: int, root: str, url: str, storage: dict[str, Any]) -> list[str]:
+    told: list[str] = []
+    with TieredCheckpointer.from_recipe(_recipe(Path(root) / "node", url, storage, last="cluster")) as checkpointer:
+        for step in (1, 2, 3):
+            handle = checkpointer.maybe_save(step, _state(rank, float(step)))
+            assert handle is not None
+            assert raised(lambda handle=handle: handle.wait("cluster"))[0] == "TierRefusedError"
+            wait_until(lambda handle=handle: handle.done("storage"), "storage does not end")
+            told.append(type(error).__name__ if (error := handle.exception("storage")) is not None else "")
+    return told

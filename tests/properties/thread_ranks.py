@@ -265,7 +265,13 @@ class Cluster:
             queue, events = Queue(memory), Events(namespace=NAMESPACE, rank=None, path=None)
             targets = drainer._Targets(memory, queue, events)
             self._drains[node] = Drain(
-                memory, queue, target=targets.target, compose=finisher, events=events, clock=self.now
+                memory,
+                queue,
+                target=targets.target,
+                compose=finisher,
+                events=events,
+                entries=queue.entries,
+                clock=self.now,
             )
         return self._drains[node]
 

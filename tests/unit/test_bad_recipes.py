@@ -223,6 +223,14 @@ VALUES = [
 ]
 
 STRUCTURE = [
+    parse(
+        "43 too many tiers",
+        "version: 1\nnamespace: run\ntiers: {"
+        + ", ".join(f"t{n}: {{kind: local, path: /d{n}, keep: {{latest: 1}}}}" for n in range(17))
+        + "}",
+        "line 3",
+        "17 tiers, at most 16",
+    ),
     parse("43 no tiers", "version: 1\nnamespace: run\ntiers: {}", "line 3", "no tier", "at least one"),
     parse("43 tiers missing", "version: 1\nnamespace: run", "tiers is missing"),
     parse("43 tiers null", "version: 1\nnamespace: run\ntiers:", "tiers", "must be a mapping, got nothing"),

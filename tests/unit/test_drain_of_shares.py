@@ -35,7 +35,9 @@ class Node:
         self.queue = Queue(memory)
         self.pruned: list[CheckpointId] = []
         events = Events(namespace=NAMESPACE, rank=None, path=None)
-        self.drain = Drain(memory, self.queue, target=self._target, compose=_nobody, events=events)
+        self.drain = Drain(
+            memory, self.queue, target=self._target, compose=_nobody, events=events, entries=self.queue.entries
+        )
 
     def _target(self, _entry: Entry) -> Target:
         return Target(tier=self.cluster, prune=self._prune)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sm_tiered.exchange import HISTORY, Agreed, Offer, exchange
+from sm_tiered.exchange import HISTORY, MOST_TIERS, Agreed, Offer, exchange
 
 
 class Together:
@@ -73,17 +73,24 @@ def test_what_must_be_alike_is_noticed_when_it_is_not(change: dict[str, int], fi
 
 @pytest.mark.parametrize(
     "flag",
-    ["structure_changed", "no_room", "no_room_yet", "drain_failed", "preempted", "gave_up", "went_on"],
+    ["structure_changed", "no_room", "no_room_yet", "preempted", "gave_up", "went_on"],
 )
 def test_one_rank_s_flag_counts_for_all(flag: str) -> None:
     assert not getattr(agree(ALL_WRITTEN, ALL_WRITTEN), flag)
     assert getattr(agree(ALL_WRITTEN, replace(ALL_WRITTEN, **{flag: True})), flag)
 
 
-@pytest.mark.parametrize("mask", ["tiers", "draining", "draining_more"])
-def test_each_bit_of_any_rank_counts_for_all(mask: str) -> None:
-    one, other = (replace(ALL_WRITTEN, **{"tiers": 0, mask: bits}) for bits in (1 << 15 | 0b010, 0b110))
-    assert getattr(agree(one, other), mask) == 1 << 15 | 0b110
+def test_each_tier_of_any_rank_counts_for_all() -> None:
+    one, other = replace(ALL_WRITTEN, tiers=1 << 15 | 0b010), replace(ALL_WRITTEN, tiers=0b110)
+    assert agree(one, other).tiers == 1 << 15 | 0b110
+
+
+@pytest.mark.parametrize("name", ["in_flight", "drain_failed"])
+def test_of_each_tier_the_largest_number_of_any_rank_counts(name: str) -> None:
+    one, other = (replace(ALL_WRITTEN, **{name: numbers}) for numbers in ((0, 2, 0, 7), (1, 0, 0, 10**10)))
+    found = getattr(agree(one, other), name)
+    assert found == (1, 2, 0, 10**10, *[0] * (MOST_TIERS - 4))
+    assert not any(getattr(agree(ALL_WRITTEN, ALL_WRITTEN), name))
 
 
 def test_a_record_counts_only_when_every_rank_has_written_its_own() -> None:
