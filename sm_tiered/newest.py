@@ -16,6 +16,11 @@ def newest_complete(tiers: Tiers) -> int | None:
     Raises:
         TierUnavailableError: a durable tier did not answer, or an optional one where no other has anything.
     """
+    with tiers.reading():
+        return _newest_complete(tiers)
+
+
+def _newest_complete(tiers: Tiers) -> int | None:
     seen = _survey(SoloGroup(), tiers)
     asked, skipped = tiers.without(seen.skipped), dict(seen.skipped)
     for checkpoint in seen.candidates:

@@ -14,6 +14,7 @@ from typing import cast
 
 from pydantic import BaseModel
 
+from sm_tiered.exchange import MOST_TIERS
 from sm_tiered.recipe import Recipe
 from sm_tiered.recipe_fill import REFERENCE
 from sm_tiered.recipe_help import HELP
@@ -134,6 +135,7 @@ def _described_tiers(recipe: _Schema) -> None:
         "description": properties["tiers"]["description"],
         "type": "object",
         "minProperties": 1,
+        "maxProperties": MOST_TIERS,
         "propertyNames": _TIER_NAME,
         "additionalProperties": _ref("Tier"),
     }

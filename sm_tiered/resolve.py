@@ -5,7 +5,8 @@ All of this is collective and touches no state. `sm_tiered.restore` walks the ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from sm_tiered.manifest import attempt_record_from_json, attempt_record_to_json,
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId, Record
 from sm_tiered.tiers.base import Tier
 from sm_tiered.tiers.memory import MemoryTier
-from sm_tiered.tiers.shares import one_pass
+from sm_tiered.tiers.shares import ShareTier, one_pass
 
 __all__ = ["Candidate", "Survey", "Tiers", "assemble", "survey", "unknown", "unreachable"]
 
@@ -48,6 +49,16 @@ class Tiers:
         """Return the others."""
         gone = frozenset(names)
         return replace(self, durable={name: tier for name, tier in self.durable.items() if name not in gone})
+
+    @contextmanager
+    def reading(self) -> Generator[None, None, None]:
+        """Let go, at the end, of what was opened to be read and was not."""
+        try:
+            yield
+        finally:
+            for tier in self.durable.values():
+                if isinstance(tier, ShareTier):
+                    tier.let_go()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ How a checkpoint is given up, and how that is taken back, is in `sm_tiered.grave
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -59,6 +60,8 @@ class Plan:
     committed: frozenset[CheckpointId] = frozenset()
     unfinished: frozenset[CheckpointId] = frozenset()
     """Deletions that were cut short."""
+    untrue: frozenset[CheckpointId] = frozenset()
+    """Those of which a share is missing and whose manifest says otherwise: it is taken back."""
     attempt: Attempt | None = None
     """The one that asks: once there is a newer one, `apply` deletes nothing more. None: it does not look."""
     waits: bool = False
@@ -75,6 +78,8 @@ class _Found:
     """None: there is none, or none that can be read."""
     attempts: Mapping[Attempt, AttemptRecord]
     pins: frozenset[CheckpointId]
+    untrue: frozenset[CheckpointId]
+    """Those whose manifest stands beside a share that is missing."""
 
     @property
     def committed(self) -> list[CheckpointId]:
@@ -111,8 +116,8 @@ def _plan(
     newest_attempt = max([*list_attempts(tier), *(c.attempt for c in listed), attempt])
     if newest_attempt != attempt:
         return Plan(newer=newest_attempt)
-    manifests = _manifests(tier, listed, keep)
-    found = _Found(listed=tuple(listed), manifests=manifests, attempts=attempts, pins=pinned(tier))
+    manifests, untrue = _manifests(tier, listed, keep)
+    found = _Found(listed=tuple(listed), manifests=manifests, attempts=attempts, pins=pinned(tier), untrue=untrue)
     committed = found.committed
     if not any(c.attempt == attempt for c in committed):
         return Plan(attempt=attempt, waits=True, committed=frozenset(committed))
@@ -137,6 +142,7 @@ def _plan(
         kept={c: _reasons(tier, c, found) for c in listed if c not in delete and c not in found.tombs},
         committed=frozenset(committed),
         unfinished=frozenset(unfinished) - back.keys(),
+        untrue=untrue,
         attempt=attempt,
     )
 
@@ -177,6 +183,9 @@ def apply(
 def _drop(tier: ShareTier, chosen: Plan, told: Callable[[CheckpointId], None] | None) -> list[CheckpointId]:
     """One share less and a checkpoint is none: no tombstone has to say so first."""
     done: list[CheckpointId] = []
+    for checkpoint in sorted(chosen.untrue.difference(chosen.delete)):
+        with suppress(CorruptPartError):  # damage is not ours to judge, and its manifest stays with it
+            tier.confirm(checkpoint)
     for checkpoint in chosen.delete:
         if _overtaken(tier, chosen):
             return done
@@ -191,7 +200,8 @@ def _drop(tier: ShareTier, chosen: Plan, told: Callable[[CheckpointId], None] | 
 
 def would_keep(tier: Tier, keep: KeepPolicy, newcomer: CommittedCheckpoint) -> bool:
     """Return whether *keep* would let *newcomer* stay among what is committed on *tier* now."""
-    found = {checkpoint: _manifest(tier, checkpoint, confirm=True) for checkpoint in list_checkpoints(tier)}
+    with one_pass(tier):
+        found, _ = _manifests(tier, list_checkpoints(tier), keep)
     manifests = {c: m for c, m in found.items() if m is not None and not m.tombstone}
     facts = {c: CommittedCheckpoint(checkpoint=c, saved_at=m.saved_at, metrics=m.metrics) for c, m in manifests.items()}
     facts[newcomer.checkpoint] = newcomer
@@ -209,27 +219,34 @@ def _overtaken(tier: Tier, chosen: Plan) -> bool:
     return asking is not None and any(attempt > asking for attempt in list_attempts(tier))
 
 
-def _manifests(tier: Tier, listed: Iterable[CheckpointId], keep: KeepPolicy) -> dict[CheckpointId, Manifest | None]:
-    """Read the manifests. On a `ShareTier` what *keep* wants is asked for anew, share by share.
+def _manifests(
+    tier: Tier, listed: Iterable[CheckpointId], keep: KeepPolicy
+) -> tuple[dict[CheckpointId, Manifest | None], frozenset[CheckpointId]]:
+    """Read the manifests; return them, and whose is untrue. On a `ShareTier` what *keep* wants is asked for anew.
 
-    What is no longer whole must not count among what is kept; what goes anyway need not be whole.
+    What is no longer whole must not count among what is kept. What goes anyway need be neither whole nor undamaged, as
+    long as its manifest can be read.
     """
-    found = {checkpoint: _manifest(tier, checkpoint) for checkpoint in listed}
-    asked = set[CheckpointId]()
+    found, asked, untrue = {c: _manifest(tier, c) for c in listed}, set[CheckpointId](), set[CheckpointId]()
     while isinstance(tier, ShareTier):
         committed = [c for c, m in found.items() if m is not None and not m.tombstone]
         anew = sorted(_wanted(committed, found, keep) - asked)
         if not anew:
             break
-        found.update({checkpoint: _manifest(tier, checkpoint, confirm=True) for checkpoint in anew})
+        for checkpoint in anew:
+            try:
+                if not tier.confirm(checkpoint, tell=False):
+                    untrue.add(checkpoint)
+                    found[checkpoint] = None
+            except (FormatError, CorruptPartError):
+                found[checkpoint] = None
         asked.update(anew)
-    return found
+    return found, frozenset(untrue)
 
 
-def _manifest(tier: Tier, checkpoint: CheckpointId, *, confirm: bool = False) -> Manifest | None:
+def _manifest(tier: Tier, checkpoint: CheckpointId) -> Manifest | None:
     try:
-        gone = isinstance(tier, ShareTier) and not tier.confirm(checkpoint) if confirm else False
-        return None if gone else read_manifest(tier, checkpoint)
+        return read_manifest(tier, checkpoint)
     except (FormatError, CorruptPartError):
         # Damaged or newer than this release: not ours to judge, so not ours to delete.
         return None
@@ -266,7 +283,7 @@ def _reasons(tier: Tier, checkpoint: CheckpointId, found: _Found) -> frozenset[K
     """Why *checkpoint*, which is not to be deleted, stays."""
     why: set[Kept] = set()
     if found.manifests[checkpoint] is None:
-        return frozenset({Kept.UNREADABLE if _has_manifest(tier, checkpoint) else Kept.IN_FLIGHT})
+        return frozenset({Kept.UNREADABLE if _is_unreadable(tier, checkpoint, found) else Kept.IN_FLIGHT})
     if checkpoint in found.pins:
         why.add(Kept.PINNED)
     if checkpoint in _parents(found.attempts):
@@ -282,7 +299,7 @@ def _stale(tier: Tier, found: _Found, attempt: Attempt, in_flight_secs: float) -
     clock = _modified_at(tier, newest)
     stale: list[CheckpointId] = []
     for checkpoint in found.listed:
-        if found.manifests[checkpoint] is not None or checkpoint >= newest or _has_manifest(tier, checkpoint):
+        if found.manifests[checkpoint] is not None or checkpoint >= newest or _is_unreadable(tier, checkpoint, found):
             continue
         if clock - _modified_at(tier, checkpoint) > in_flight_secs:
             stale.append(checkpoint)
@@ -294,6 +311,7 @@ def _modified_at(tier: Tier, checkpoint: CheckpointId) -> float:
     return max((entry.modified_at for entry in tier.list(f"{layout.checkpoint_dir(checkpoint)}/")), default=0.0)
 
 
-def _has_manifest(tier: Tier, checkpoint: CheckpointId) -> bool:
+def _is_unreadable(tier: Tier, checkpoint: CheckpointId, found: _Found) -> bool:
+    """Whether the manifest that was not read stands all the same."""
     key = layout.in_dir(checkpoint, layout.MANIFEST)
-    return any(entry.key == key for entry in tier.list(key))
+    return checkpoint not in found.untrue and any(entry.key == key for entry in tier.list(key))

@@ -147,17 +147,18 @@ class Store:
         """
         self.check_process()
         self.events.emit(RestoreStarted(step=step))
-        seen = survey(self.group, self.tiers)
-        restored = walk(
-            self.group,
-            self.tiers,
-            seen,
-            loader,
-            step=step,
-            events=self.events,
-            room=room or self.room,
-            use_memory=self.settings.unreachable == "use_memory",
-        )
+        with self.tiers.reading():
+            seen = survey(self.group, self.tiers)
+            restored = walk(
+                self.group,
+                self.tiers,
+                seen,
+                loader,
+                step=step,
+                events=self.events,
+                room=room or self.room,
+                use_memory=self.settings.unreachable == "use_memory",
+            )
         self.restored, self._seen = restored, seen
         begin = self.line.begin_after if opens else self.line.begin_when_saved
         begin(seen, restored, chosen=step is not None)

@@ -79,10 +79,14 @@ class HyperPodTier:
         self._reader.let_go()
         self._writer.put_share(share)
 
-    def confirm(self, checkpoint: CheckpointId) -> bool:
+    def confirm(self, checkpoint: CheckpointId, *, tell: bool = True) -> bool:
         """See `ShareTier.confirm`."""
         self._reader.let_go()
-        return self._whole.confirm(checkpoint)
+        return self._whole.confirm(checkpoint, tell=tell)
+
+    def let_go(self) -> None:
+        """See `ShareTier.let_go`."""
+        self._reader.let_go()
 
     def asking_once(self) -> AbstractContextManager[None]:
         """See `ShareTier.asking_once`."""

@@ -1,16 +1,15 @@
-"""Manifests on the HyperPod service: written once a checkpoint was seen whole, deleted before it stops being so.
+"""Manifests on the HyperPod service: written once a checkpoint was seen whole, deleted before it is given up.
 
 A manifest says that all shares stood there once, in one small blob, so that whoever asks need not look at each share.
-The service has no conditions, so the shares stay what counts: who deletes or replaces one deletes the manifest first,
-and who decides what may go asks for the shares. A manifest that stands all the same beside a lost share is found by
-whoever reads the share, and deleted by whoever finds it while confirming.
+The service has no conditions and may lose a share, so the shares stay what counts: who deletes or replaces one deletes
+the manifest first, and who commits or decides what may go asks for the shares, its own among them. A manifest that
+stands beside a lost share is found out by whoever reads the share, and deleted by whoever tries to commit.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from time import monotonic
 
 from sm_tiered import checksum
 from sm_tiered.errors import TierError, TierUnavailableError
@@ -21,7 +20,7 @@ from sm_tiered.tiers.hyperpod_index import Index
 from sm_tiered.tiers.hyperpod_looks import each
 from sm_tiered.tiers.hyperpod_manifests import MAX_MANIFEST_BYTES, commit_blob, manifest_rank, read_blob
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
-from sm_tiered.tiers.hyperpod_slots import OWN_SECS, Found, Kind
+from sm_tiered.tiers.hyperpod_slots import Found, Kind
 from sm_tiered.tiers.shares import Share
 
 __all__ = ["Commits"]
@@ -34,45 +33,41 @@ class Commits:
 
     def __init__(self, service: HyperPodService, index: Index) -> None:
         self._service, self._index = service, index
-        self._refused = False
-        self._free: dict[Slot, float] = {}
+        self._told = False
 
     def write(self, shares: Mapping[int, Found], data: bytes) -> None:
         """Write the manifest *data* where it has a place: all *shares*, which have just been seen, stand at one step.
 
         The commit does not depend on it: without, it is told by looks at the shares, at their cost. So where the
-        service refuses it, that is said once in the log, and nothing else follows; where the slot is full of shares, as
-        in a job that shrank, it waits until they are gone. Where the service does not answer, nothing could be said of
-        the shares either.
-
-        Raises:
-            TierUnavailableError: the service does not answer, or the namespace is gone.
+        service does not take it, that is said once in the log, and nothing else follows; where the slot is full of
+        shares, as in a job that shrank, it waits until they are gone.
         """
         slot = self._place(shares)
         if slot is None or len(data) > MAX_MANIFEST_BYTES:
             return
         heads = [self._index.slots.sound(share) for _, share in sorted(shares.items())]
         blob = commit_blob(heads, data, slot.rank)
-        found = Found(slot=slot, kind=Kind.MANIFEST, commit=read_blob(blob))
-        began = self._free.pop(slot, None)
-        is_free = began is not None and monotonic() - began < OWN_SECS
-        standing = None if is_free else self._index.slots.look(slot, fresh=True)
-        if standing == found or (standing is not None and standing.kind is Kind.OTHER):
-            return
         try:
-            if standing is None and not self._has_room(slot):
-                return
-            self._index.slots.forget(slot)
-            if not self._service.put_small(slot, blob):
-                raise TierUnavailableError(f"namespace {slot.namespace} was there and is gone", tier=self._service.tier)
-        except TierUnavailableError:
-            raise
+            self._write(slot, blob)
         except TierError as error:
-            if not self._refused:
-                _log.warning("%s takes no manifests, so that each look costs one at every share: %s", slot, error)
-            self._refused = True
+            self._tell_once(f"{slot} takes no manifest, so that each look costs one at every share", error)
+
+    def _write(self, slot: Slot, blob: bytes) -> None:
+        wanted = Found(slot=slot, kind=Kind.MANIFEST, commit=read_blob(blob))
+        standing = self._index.slots.look(slot, fresh=True)
+        # What is another program's stays, and so does a whole share: in a job that has grown it may stand there.
+        free = self._has_room(slot) if standing is None else standing.kind is Kind.MANIFEST or bool(standing.problem)
+        if standing == wanted or not free:
             return
-        self._index.slots.wrote(found)
+        self._index.slots.forget(slot)
+        if not self._service.put_small(slot, blob):
+            raise TierUnavailableError(f"namespace {slot.namespace} was there and is gone", tier=self._service.tier)
+        self._index.slots.wrote(wanted)
+
+    def _tell_once(self, what: str, error: TierError) -> None:
+        if not self._told:
+            _log.warning("%s: %s", what, error)
+        self._told = True
 
     def _place(self, shares: Mapping[int, Found]) -> Slot | None:
         """Return where the manifest of *shares* goes, or None where it has no place."""
@@ -109,22 +104,22 @@ class Commits:
             self._delete(found.slot)
         return True
 
-    def begin(self, home: Namespace, wire: int) -> None:
-        """Remember that nothing stands at a step that is about to be written to.
+    def make_way(self, home: Namespace, slot: Slot, share: Share) -> None:
+        """Delete the manifest that *share*, about to be written to *slot*, makes untrue: that of another record.
 
-        What others write to the slot of manifests within a minute says the same, or is a twin's, whose shares give way
-        to those that are written here: so `write` need not look. Where steps tell of no attempt, it may be another
-        program's.
+        Where its slot does not answer, the share is written all the same: who believes an untrue one finds out when it
+        reads the share.
         """
         rank = manifest_rank(home)
-        if rank is not None and wire >= MAX_STEP:
-            slot = Slot(namespace=home.name, rank=rank, wire=wire)
-            self._free = {slot: monotonic()}
+        if rank is None or share.world > rank:
+            return
+        try:
+            self._make_way(home, slot, share)
+        except TierUnavailableError as error:
+            self._tell_once(f"what stands beside {slot} as its manifest can't be told", error)
 
-    def make_way(self, home: Namespace, slot: Slot, share: Share) -> None:
-        """Delete the manifest that *share*, about to be written to *slot*, makes untrue: that of another record."""
-        rank = manifest_rank(home)
-        found = self._look(home, slot.wire) if rank is not None and share.world <= rank else None
+    def _make_way(self, home: Namespace, slot: Slot, share: Share) -> None:
+        found = self._look(home, slot.wire)
         if found is None:
             return
         # The digest is that of one rank's record of one checkpoint: a twin's share never has it.
@@ -137,6 +132,13 @@ class Commits:
         found = self._look(member, wire)
         if found is not None:
             self._delete(found.slot)
+
+    def take_back(self, checkpoint: CheckpointId) -> None:
+        """`discard`, where a share is missing; where that can't be done now, who reads finds out."""
+        try:
+            self.discard(checkpoint)
+        except TierError as error:
+            self._tell_once(f"the manifest of {checkpoint} stands beside a share that is missing", error)
 
     def discard(self, checkpoint: CheckpointId) -> Found | None:
         """Delete the manifest of *checkpoint*, a damaged one too; return it where it was whole.

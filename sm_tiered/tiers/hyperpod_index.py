@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from sm_tiered.errors import FormatError
+from sm_tiered.errors import FormatError, TierUnavailableError
 from sm_tiered.layout import MAX_STEP
 from sm_tiered.manifest import attempt_record_from_json
 from sm_tiered.records import Attempt, CheckpointId
@@ -128,7 +128,14 @@ class Index:
         known = self.slots.peek(slot)
         if known is None and any(map(_settles, map(self.slots.peek, _row(member, likely, wire)))):
             return []
-        return [known or self.slots.look(slot)]
+        return [known or self._manifest_in(slot)]
+
+    def _manifest_in(self, slot: Slot, *, fresh: bool = False) -> Found | None:
+        """Return what stands in a slot of manifests; where that does not answer, the shares may all the same."""
+        try:
+            return self.slots.look(slot, fresh=fresh)
+        except TierUnavailableError:
+            return None
 
     def _whose(self, found: Found) -> CheckpointId:
         if found.checkpoint is not None:
@@ -144,13 +151,12 @@ class Index:
         rank: int,
         *,
         fresh: bool = False,
-        own: bool = False,
         leave: Leave | None = None,
     ) -> Found | None:
         """Return the share of *rank*, damaged or not, or None when there is none; the others: see `Slots.look`."""
         damaged = None
         for slot in self._slots(checkpoint, rank):
-            found = self.slots.look(slot, fresh=fresh, own=own, leave=leave)
+            found = self.slots.look(slot, fresh=fresh, leave=leave)
             if found is None or found.kind is not Kind.SHARE:
                 continue
             if found.checkpoint == checkpoint:
@@ -161,7 +167,7 @@ class Index:
     def manifest(self, checkpoint: CheckpointId, *, fresh: bool = False) -> Found | None:
         """Return the manifest of *checkpoint* where one stands by itself and is whole: it was committed once."""
         for slot in self.manifest_slots(checkpoint):
-            before, found = self.slots.peek(slot), self.slots.look(slot, fresh=fresh)
+            before, found = self.slots.peek(slot), self._manifest_in(slot, fresh=fresh)
             if found is not None and found.commit is not None and found.checkpoint == checkpoint:
                 return found
             if before is not None and before.commit is not None and before.checkpoint == checkpoint:

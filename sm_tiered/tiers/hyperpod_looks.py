@@ -34,7 +34,13 @@ _answers: ContextVar[dict[Hashable, object] | None] = ContextVar("answers", defa
 
 @contextmanager
 def asking_once() -> Generator[None, None, None]:
-    """Within it, `once` asks each question once. It begins with no answers, so nothing older is believed."""
+    """Within it, `once` asks each question once. It begins with no answers, so nothing older is believed.
+
+    One within another is part of it: what either changes, both must see.
+    """
+    if _answers.get() is not None:
+        yield
+        return
     token = _answers.set({})
     try:
         yield

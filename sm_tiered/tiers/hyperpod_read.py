@@ -68,14 +68,19 @@ class _Cursor:
                     self._leave()
 
     def adopt(self, body: Body) -> None:
-        """Go on with *body*, of which header and record were received."""
-        with self._lock:
-            at = self.head.record.offset + self.head.record.size
+        """Go on with *body*, of which header and record were received, unless the share is being read already."""
+        at = self.head.record.offset + self.head.record.size
+        if not self._lock.acquire(blocking=False):
+            body.close()
+            return
+        try:
             if self._body is not None or self._file is not None or at == self.head.size:
                 body.close()
                 return
             self._body, self._at, self._is_unread = body, at, True
             self._received += at
+        finally:
+            self._lock.release()
 
     def rest(self, *, unread: bool = False) -> None:
         """Let go of the connection: others are read. One that is being read is left alone.

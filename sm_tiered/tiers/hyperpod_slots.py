@@ -6,7 +6,6 @@ from collections.abc import Callable, Container
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from time import monotonic
 
 from sm_tiered import checksum, deadline
 from sm_tiered.errors import CorruptPartError, FormatError, KeyNotFoundError
@@ -22,10 +21,7 @@ from sm_tiered.tiers.hyperpod_manifests import MANIFEST_MAGIC, Commit, parse_com
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Slot
 from sm_tiered.tiers.hyperpod_shares import ATTEMPT_MAGIC, FIRST_BYTES, SHARE_MAGIC, Head, header_length, parse_head
 
-__all__ = ["OWN_SECS", "Found", "Kind", "Leave", "Slots"]
-
-OWN_SECS = 60.0
-"""For as long the answer to a write counts as a look, where that is good enough."""
+__all__ = ["Found", "Kind", "Leave", "Slots"]
 
 _RECORDS_BYTES = 16 * 1024 * 1024
 """Records that were read last are kept up to here."""
@@ -75,44 +71,26 @@ class Slots:
         self._found: dict[Slot, Found] = {}
         self._records: dict[tuple[Slot, str], bytes] = {}
         self._attempts: dict[Slot, bytes] = {}
-        self._own: dict[int, tuple[Slot, float]] = {}
         self.look_secs = 2 * self._fetch_secs()
         """The longest that a look may take: what comes damaged is asked for once more."""
 
-    def look(self, slot: Slot, *, fresh: bool = False, own: bool = False, leave: Leave | None = None) -> Found | None:
+    def look(self, slot: Slot, *, fresh: bool = False, leave: Leave | None = None) -> Found | None:
         """Return what stands in *slot*, or None; what was whole when it was looked at last is not asked for again.
 
-        *fresh*: ask again, once in a pass. *own*: what this process has just written there need not be. *leave*: what
-        takes a share that was asked for and is to be read on, instead of closing it.
+        *fresh*: ask again, once in a pass. *leave*: what takes a share that was asked for and is to be read on, instead
+        of closing it. What this process has written is not known before it was looked at: the service may have lost it.
         """
-        known = self._found.get(slot) if not fresh or (own and self._is_own(slot)) else None
+        known = None if fresh else self._found.get(slot)
         return known or once((self, slot), lambda: self._look(slot, leave)[0])
 
     def peek(self, slot: Slot) -> Found | None:
         """Return what is known to stand in *slot*, without asking."""
         return self._found.get(slot)
 
-    def wrote(self, found: Found, record: bytes = b"") -> None:
-        """Remember what this process has written: the service has taken it, as *found* with its *record*.
-
-        What it wrote to the same rank's slots before no longer counts as just written: a save asks for its own, and
-        what is older is asked for anew by whoever decides what may go.
-        """
+    def wrote(self, found: Found) -> None:
+        """Remember a manifest that was just written: should it be missed later, a share of it may be gone."""
         self.forget(found.slot)
         self._found[found.slot] = found
-        self._own[found.slot.rank] = found.slot, monotonic()
-        if found.head is not None:
-            self._keep((found.slot, found.head.seal), record)
-
-    def disown(self, checkpoint: CheckpointId) -> None:
-        """Ask for the shares of *checkpoint* too that this process has just written."""
-        for rank, (slot, _) in list(self._own.items()):
-            if slot.wire in wire_steps(checkpoint):
-                self._own.pop(rank, None)
-
-    def _is_own(self, slot: Slot) -> bool:
-        last, at = self._own.get(slot.rank, (None, 0.0))
-        return last == slot and monotonic() - at < OWN_SECS
 
     def _look(self, slot: Slot, leave: Leave | None = None) -> tuple[Found | None, bytes]:
         """Return what stands in *slot* now, and its record."""

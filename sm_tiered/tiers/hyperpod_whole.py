@@ -47,8 +47,6 @@ class Whole:
         told = self._index.manifest(checkpoint, fresh=True)
         if told is not None and told.commit is not None:
             return told.commit.data
-        # Who asks waits for another to commit: should it have to do so itself later, what it wrote is no longer new.
-        self._index.slots.disown(checkpoint)
         return self.by_shares(checkpoint)
 
     def by_shares(self, checkpoint: CheckpointId, shares: Sequence[Found] | None = None) -> bytes:
@@ -70,8 +68,8 @@ class Whole:
             found[0] = self._index.find(checkpoint, 0, fresh=True)
         return self._manifest(checkpoint, found)
 
-    def confirm(self, checkpoint: CheckpointId) -> bool:
-        """See `ShareTier.confirm`. A manifest is written where all is whole, and deleted where a share is missing."""
+    def confirm(self, checkpoint: CheckpointId, *, tell: bool) -> bool:
+        """See `ShareTier.confirm`."""
         self._index.refresh()
         found = self._anew(checkpoint)
         try:
@@ -79,13 +77,15 @@ class Whole:
         except KeyNotFoundError:
             data = None
         if found is None or data is None:
-            self._commits.discard(checkpoint)
+            if tell:
+                self._commits.take_back(checkpoint)
             return False
-        self._commits.write({rank: share for rank, share in found.items() if share is not None}, data)
+        if tell:
+            self._commits.write({rank: share for rank, share in found.items() if share is not None}, data)
         return True
 
     def _anew(self, checkpoint: CheckpointId) -> dict[int, Found | None] | None:
-        """Ask for the shares of all ranks, those left out that this process has just written; None: one is missing."""
+        """Ask for the shares of all ranks, once each; None: one is missing."""
         before = self._index.peek(checkpoint, 0)
         zero = before or self._index.find(checkpoint, 0, fresh=True)
         if zero is None:
@@ -110,7 +110,7 @@ class Whole:
             known = {rank: self._index.peek(checkpoint, rank) for rank in ranks}
             found = {rank: share for rank, share in known.items() if share is not None}
         asked = each(
-            lambda rank: (rank, self._index.find(checkpoint, rank, fresh=fresh, own=True)),
+            lambda rank: (rank, self._index.find(checkpoint, rank, fresh=fresh)),
             [rank for rank in ranks if rank not in found],
             secs=2 * self._index.slots.look_secs,  # it may stand in one of two places
             enough=(lambda pair: pair[1] is None) if stop else None,

@@ -16,7 +16,6 @@ from sm_tiered.tiers.hyperpod_looks import each
 from sm_tiered.tiers.hyperpod_room import Room
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
 from sm_tiered.tiers.hyperpod_shares import outgoing
-from sm_tiered.tiers.hyperpod_slots import Found, Kind
 from sm_tiered.tiers.hyperpod_whole import Whole
 from sm_tiered.tiers.shares import Share
 
@@ -50,15 +49,12 @@ class Writer:
             slot = self._slot(home, share)
             if self._room.make(home, slot, share.checkpoint):
                 self._commits.make_way(home, slot, share)
-            else:
-                self._commits.begin(home, slot.wire)
             self.attempts.write(home, attempt)
             out = outgoing(share, namespace=self._namespace, attempt=self.attempts.text(attempt))
             self._index.slots.forget(slot)
             if not self._service.put(slot, out.chunks, out.head.size, out.meta()):
                 message = f"namespace {slot.namespace} was there and is gone"
                 raise TierUnavailableError(message, tier=self._settings.name)
-            self._index.slots.wrote(Found(slot=slot, kind=Kind.SHARE, head=out.head), share.record)
         except TierError:
             chain.forget()  # a service that was started again has none of its namespaces
             raise
@@ -83,25 +79,21 @@ class Writer:
         self.put_share(Share(checkpoint=checkpoint, rank=rank, world=record.world, record=data))
 
     def drop(self, checkpoint: CheckpointId) -> None:
-        """See `ShareTier.drop`."""
+        """See `ShareTier.drop`. Each share is looked at: another attempt of the same ordinal may stand in its place."""
         told = self._commits.discard(checkpoint)
         if told is not None and told.commit is not None:
-            # It was made of shares of this checkpoint, and who writes another's in their place deletes it before.
             slots = [replace(told.slot, rank=rank) for rank in range(told.commit.manifest.world)]
-            self._room.delete(slots[0])
-            each(self._room.delete, slots[1:], secs=self._service.call_secs)
-            return
-        first, *rest = self._whole.shares(checkpoint) or [None]
-        if first is not None:  # without it, it is no checkpoint any more
-            self._drop(first, checkpoint)
-        doomed = [found for found in rest if found is not None]
-        each(lambda found: self._drop(found, checkpoint), doomed, secs=2 * self._index.slots.look_secs)
+        else:
+            slots = [found.slot for found in self._whole.shares(checkpoint)]
+        if slots:  # without the first, it is no checkpoint any more
+            self._drop(slots[0], checkpoint)
+        each(lambda slot: self._drop(slot, checkpoint), slots[1:], secs=2 * self._index.slots.look_secs)
 
-    def _drop(self, found: Found, checkpoint: CheckpointId) -> None:
-        if self._is_of(found, checkpoint):
-            self._room.delete(found.slot)
+    def _drop(self, slot: Slot, checkpoint: CheckpointId) -> None:
+        if self._is_of(slot, checkpoint):
+            self._room.delete(slot)
 
-    def _is_of(self, found: Found, checkpoint: CheckpointId) -> bool:
+    def _is_of(self, slot: Slot, checkpoint: CheckpointId) -> bool:
         """Whether what stands in the slot now is of *checkpoint*; what is damaged can't tell otherwise."""
-        now = self._index.slots.look(found.slot, fresh=True)
+        now = self._index.slots.look(slot, fresh=True)
         return now is not None and (now.problem is not None if now.head is None else now.head.checkpoint == checkpoint)

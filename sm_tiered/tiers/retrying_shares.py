@@ -52,10 +52,15 @@ class RetryingShareTier(RetryingTier):
         looks = self._looks("put_share", "")  # to know what may make room for it
         self._run("put_share", key, lambda: self._shares.put_share(share), size=size + looks)
 
-    def confirm(self, checkpoint: CheckpointId) -> bool:
+    def confirm(self, checkpoint: CheckpointId, *, tell: bool = True) -> bool:
         """See `ShareTier.confirm`."""
         key = layout.checkpoint_dir(checkpoint)
-        return self._run("confirm", key, lambda: self._shares.confirm(checkpoint), size=self._looks("confirm", key))
+        size = self._looks("confirm", key)
+        return self._run("confirm", key, lambda: self._shares.confirm(checkpoint, tell=tell), size=size)
+
+    def let_go(self) -> None:
+        """See `ShareTier.let_go`."""
+        self._shares.let_go()
 
     def asking_once(self) -> AbstractContextManager[None]:
         """See `ShareTier.asking_once`."""

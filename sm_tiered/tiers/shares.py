@@ -59,14 +59,12 @@ class ShareTier(Tier, Protocol):
         """
         ...
 
-    def confirm(self, checkpoint: CheckpointId) -> bool:
+    def confirm(self, checkpoint: CheckpointId, *, tell: bool = True) -> bool:
         """Ask anew for the shares of all ranks; return whether all stand there whole, so that it is committed.
 
-        What was learnt before is believed of none: the tier may have lost a share since. Only what this process itself
-        wrote last of a rank, less than a minute ago, counts as asked for, as long as the tier still lists its step and
-        the manifest was not missed meanwhile. One whose record tells of a failure is not whole.
-
-        Where all stand, a manifest is written where the tier has a place for it; where one is missing, it is deleted.
+        What was learnt before is believed of none, nor that what this process wrote still stands: the tier may have
+        lost a share since. One whose record tells of a failure is not whole. Unless not to *tell*, a manifest is
+        written where all stand and the tier has a place for it, and deleted where one is missing.
 
         Raises:
             CorruptPartError: a share is damaged, or they do not make one checkpoint.
@@ -78,6 +76,10 @@ class ShareTier(Tier, Protocol):
 
         What is gone is no error.
         """
+        ...
+
+    def let_go(self) -> None:
+        """Let go of connections to shares that were looked at and not read: their service holds each whole."""
         ...
 
     def asking_once(self) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sm_tiered import checksum, layout
-from sm_tiered.errors import FormatError, KeyNotFoundError, TierUnavailableError
+from sm_tiered.errors import FormatError, KeyNotFoundError
 from sm_tiered.inventory import list_checkpoints, read_attempts, read_manifest
 from sm_tiered.records import Attempt
 from sm_tiered.sealed_json import dump, sealed
@@ -142,14 +142,25 @@ def test_one_that_is_not_taken_is_said_once_and_fails_no_commit(
     for _ in range(3):
         assert tier.confirm(HERE)
     assert read_manifest(tier, HERE) is not None
-    assert len([record for record in caplog.records if "takes no manifests" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "takes no manifest" in record.getMessage()]) == 1
 
 
-def test_a_service_that_falls_silent_over_it_is_silent(daemon: StandInDaemon, tier: HyperPodTier) -> None:
-    daemon.restart(DaemonFault(kind="status", method="POST", path=rf"/2/{PLACE}$", status=503, times=1))
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_where_its_slot_alone_does_not_answer_the_shares_count_all_the_same(
+    daemon: StandInDaemon, tier: HyperPodTier, other: HyperPodTier, method: str
+) -> None:
+    """A slot may be on a node that is down."""
+    daemon.restart(DaemonFault(kind="status", method=method, path=rf"/2/{PLACE}$", status=503, times=10**6))
     save(tier, HERE, 2, 100)
-    with pytest.raises(TierUnavailableError):
-        tier.confirm(HERE)
+    assert tier.confirm(HERE)
+    for _ in range(2):
+        assert list_checkpoints(other) == [HERE]
+        assert read_manifest(other, HERE) is not None
+    tier.put_share(share(HERE, 1, 2, 200))
+    del daemon.namespaces["run"].blobs[1][PLACE]
+    assert tier.confirm(HERE) is False
+    daemon.restart()
+    tier.put_share(share(HERE, 1, 2, 100))
     assert tier.confirm(HERE)
     assert blobs(daemon, 2) == [PLACE]
 
