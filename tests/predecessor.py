@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -68,11 +68,14 @@ def child_env(version: str = NEWEST, /, **changes: str) -> dict[str, str]:
 
 
 @contextmanager
-def running_server() -> Iterator[Server]:
-    """Run its own test server in a child, on a free port of loopback; skip the test where it can't be had."""
+def running_server(env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Run its own test server in a child, on a free port of loopback, with *env* besides this process's environment.
+
+    Skip the test where it can't be had.
+    """
     tree = source(NEWEST)
     libraries = _had("server", lambda place: _pip(["install", "--target", str(place), *_SERVER_NEEDS]))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(libraries)])}
+    env = {**os.environ, **(env or {}), "PYTHONPATH": os.pathsep.join([str(tree), str(libraries)])}
     with subprocess.Popen(
         [sys.executable, "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=tree
     ) as child:

@@ -66,7 +66,7 @@ def _rival_service() -> Generator[str, None, None]:
     """
     with ExitStack() as stack:
         try:
-            server = stack.enter_context(running_server())
+            server = stack.enter_context(running_server(cluster_bench.KEEPS_PAGES))
         except pytest.skip.Exception as reason:
             raise _AbsentError(str(reason)) from reason
         yield server.url
