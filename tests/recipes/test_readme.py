@@ -132,6 +132,14 @@ def test_the_hugging_face_training_goes_on_from_its_last_step(folder: Path) -> N
     run_forked(folder, f"{longer}\nassert trainer.state.global_step == 80\n")
 
 
+@pytest.mark.long
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("section", ["Lightning", "Accelerate", "Hugging Face Trainer"])
+def test_each_program_runs_from_a_plain_python(folder: Path, section: str) -> None:
+    """The forked ones have everything loaded before they import it."""
+    run(folder, sys.executable, "-c", code(section))
+
+
 def test_the_recipe_is_one_and_says_what_the_comments_say() -> None:
     (text,) = blocks("yaml")
     settings = Recipe.parse(text, source="README").settings()
