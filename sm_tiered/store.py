@@ -193,9 +193,10 @@ class Store:
         memory, arena = self.settings.memory, self.arena
         if memory is None or arena is None or self.tiers.memory is None:
             return
-        need = sum(sizes) * self.settings.arena_slots * len(self.ranks_here)
-        already = arena.allocated_bytes * len(self.ranks_here)
-        tight = check_budget(self.tiers.memory.root, need, memory.budget_bytes, already_bytes=already)
+        slots, ranks = self.settings.arena_slots, len(self.ranks_here)
+        need, already = sum(sizes) * slots * ranks, arena.allocated_bytes * ranks
+        root = self.tiers.memory.root
+        tight = check_budget(root, need, memory.budget_bytes, checkpoints=slots, already_bytes=already)
         if tight is not None:
             self.events.emit(MemoryTight(warning=tight))
 

@@ -19,11 +19,14 @@ def check_budget(
     need_bytes: int,
     budget_bytes: int | None,
     *,
+    checkpoints: int,
     already_bytes: int = 0,
     cgroup_root: str = "/sys/fs/cgroup",
     cgroup_file: str = "/proc/self/cgroup",
 ) -> str | None:
     """Check that *need_bytes*, of which *already_bytes* are taken, find room; return a warning, or None.
+
+    *checkpoints*: how many that is, for messages: more than are kept, for some are being written or on their way.
 
     The tmpfs and the explicit budget are hard limits. The container's memory limit is only warned of: how much of
     what is in use there could be reclaimed, nobody knows.
@@ -34,7 +37,8 @@ def check_budget(
     """
     if budget_bytes is not None and need_bytes > budget_bytes:
         raise ConfigError(
-            f"memory tier: {_size(need_bytes)} are needed, tiers.memory.budget is {_size(budget_bytes)}",
+            f"memory tier: {_size(need_bytes)} are needed for {checkpoints} checkpoints, tiers.memory.budget is "
+            f"{_size(budget_bytes)}",
             hint=f"Raise the budget to {_size(need_bytes)}, or lower keep.latest.",
         )
     more = max(0, need_bytes - already_bytes)

@@ -124,7 +124,7 @@ def test_a_large_model_that_does_not_fit_its_budget_is_told_how_much_it_needs(
     with launched(tmp_path, "large_model.yaml", "--steps=10", env=env) as refused:
         assert refused.end() == [1, 1], refused.text
     needed = re.search(
-        r"^rank 0: memory tier: ([\d.]+ MiB) are needed, tiers.memory.budget is 1.0 MiB. "
+        r"^rank 0: memory tier: ([\d.]+ MiB) are needed for \d checkpoints, tiers.memory.budget is 1.0 MiB. "
         r"Raise the budget to \1, or lower keep.latest.$",
         refused.text,
         re.MULTILINE,

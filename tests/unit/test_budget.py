@@ -46,19 +46,21 @@ def v2(tmp_path: Path, limits: dict[str, str], *, used: int, cached: int = 0, ow
 
 
 def test_what_fits_is_fine(small: Path, no_cgroup: Tree) -> None:
-    assert check_budget(small, 4 * MIB, 4 * MIB, **no_cgroup) is None
-    assert check_budget(small, 3 * MIB, None, **no_cgroup) is None
+    assert check_budget(small, 4 * MIB, 4 * MIB, checkpoints=4, **no_cgroup) is None
+    assert check_budget(small, 3 * MIB, None, checkpoints=4, **no_cgroup) is None
 
 
 def test_an_explicit_budget_is_a_limit_with_both_figures(small: Path, no_cgroup: Tree) -> None:
-    with pytest.raises(ConfigError, match=r"3\.0 MiB are needed, tiers\.memory\.budget is 2\.0 MiB") as caught:
-        check_budget(small, 3 * MIB, 2 * MIB, **no_cgroup)
+    with pytest.raises(
+        ConfigError, match=r"3\.0 MiB are needed for 4 checkpoints, tiers\.memory\.budget is 2\.0 MiB"
+    ) as caught:
+        check_budget(small, 3 * MIB, 2 * MIB, checkpoints=4, **no_cgroup)
     assert "keep.latest" in str(caught.value)
 
 
 def test_a_small_tmpfs_is_named_with_what_to_change(small: Path, no_cgroup: Tree) -> None:
     with pytest.raises(TierFullError, match=r"5\.0 MiB more are needed .* 4\.0 MiB are free") as caught:
-        check_budget(small, 5 * MIB, None, **no_cgroup)
+        check_budget(small, 5 * MIB, None, checkpoints=4, **no_cgroup)
     for words in ("--shm-size", "emptyDir", "Memory", "keep.latest", str(small)):
         assert words in str(caught.value)
 
@@ -66,22 +68,22 @@ def test_a_small_tmpfs_is_named_with_what_to_change(small: Path, no_cgroup: Tree
 def test_what_is_taken_already_is_not_needed_again(small: Path, no_cgroup: Tree) -> None:
     (small / "file").write_bytes(bytes(3 * MIB))
     with pytest.raises(TierFullError):
-        check_budget(small, 4 * MIB, None, **no_cgroup)
-    assert check_budget(small, 4 * MIB, None, already_bytes=3 * MIB, **no_cgroup) is None
+        check_budget(small, 4 * MIB, None, checkpoints=4, **no_cgroup)
+    assert check_budget(small, 4 * MIB, None, already_bytes=3 * MIB, checkpoints=4, **no_cgroup) is None
 
 
 def test_a_path_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(TierUnavailableError):
-        check_budget(tmp_path / "nothing", 1, None)
+        check_budget(tmp_path / "nothing", 1, None, checkpoints=4)
 
 
 def test_a_container_limit_is_a_warning_that_names_the_remedy(small: Path, tmp_path: Path) -> None:
     tree = v2(tmp_path, {"a/b": str(3 * MIB)}, used=2 * MIB)
-    warning = check_budget(small, 2 * MIB, None, **tree)
+    warning = check_budget(small, 2 * MIB, None, checkpoints=4, **tree)
     assert warning is not None
     for words in ("2.0 MiB", "1.0 MiB", "--memory", "keep.latest"):
         assert words in warning
-    assert check_budget(small, MIB, None, **tree) is None
+    assert check_budget(small, MIB, None, checkpoints=4, **tree) is None
 
 
 def test_the_tightest_cgroup_on_the_way_up_binds(tmp_path: Path) -> None:
