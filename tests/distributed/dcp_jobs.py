@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -175,6 +176,7 @@ def _rank(place: tuple[int, int, int, Any], pipe: Any, env: dict[str, str], work
     _pipe = pipe
     faulthandler.enable()
     os.environ.update(env)
+    tempfile.tempdir = None  # what the server has loaded may have looked at its own TMPDIR
     import torch
 
     torch.set_num_threads(1)

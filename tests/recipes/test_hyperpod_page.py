@@ -117,7 +117,7 @@ def test_what_needs_the_environment_of_a_pod_is_run_in_one() -> None:
     imports = [words for words in run if "import" in words]
     assert any("--from-namespace" in words for words in imports)
     assert any("--from-namespace" not in words for words in imports)
-    assert "the same as\n`TRAINING_JOB_NAME`" in TEXT
+    assert "the same as `TRAINING_JOB_NAME`" in " ".join(TEXT.split())
 
 
 def test_it_is_said_alike_that_an_import_is_older_than_what_we_saved() -> None:
