@@ -8,7 +8,7 @@ one; what is read may stand in any. On the wire the attempt comes before the ste
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from sm_tiered.errors import KeyNotFoundError, TierError, TierRefusedError, TierUnavailableError
@@ -17,7 +17,7 @@ from sm_tiered.records import Attempt, CheckpointId
 from sm_tiered.tiers.hyperpod_looks import each
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
 
-__all__ = ["PROBE_ORDINAL", "Chain", "attempt_wire", "wire_steps"]
+__all__ = ["PROBE_ORDINAL", "Chain", "attempt_wire", "newest_ordinal", "wire_steps"]
 
 PROBE_ORDINAL = 900_000
 """Steps of this ordinal are tried, and deleted, before the first write; those of attempts are below."""
@@ -38,6 +38,11 @@ Holders = Callable[[Namespace, int], "set[Attempt | None]"]
 def wire_steps(checkpoint: CheckpointId) -> tuple[int, int]:
     """Return the wire steps under which a share of *checkpoint* may stand, the usual one first."""
     return checkpoint.attempt.ordinal * MAX_STEP + checkpoint.step, checkpoint.step
+
+
+def newest_ordinal(wires: Iterable[int]) -> int:
+    """Return the ordinal of the newest attempt that *wires* tell of; 0: of none. Steps that are tried do not count."""
+    return max((wire // MAX_STEP for wire in wires if wire // MAX_STEP != PROBE_ORDINAL), default=0)
 
 
 def attempt_wire(attempt: Attempt, *, large: bool) -> int:

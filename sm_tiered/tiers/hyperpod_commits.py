@@ -15,9 +15,8 @@ from sm_tiered import checksum
 from sm_tiered.errors import TierError, TierUnavailableError
 from sm_tiered.layout import MAX_STEP
 from sm_tiered.records import CheckpointId
-from sm_tiered.tiers.hyperpod_chain import PROBE_ORDINAL
+from sm_tiered.tiers.hyperpod_chain import newest_ordinal
 from sm_tiered.tiers.hyperpod_index import Index
-from sm_tiered.tiers.hyperpod_looks import each
 from sm_tiered.tiers.hyperpod_manifests import MAX_MANIFEST_BYTES, commit_blob, manifest_rank, read_blob
 from sm_tiered.tiers.hyperpod_service import HyperPodService, Namespace, Slot
 from sm_tiered.tiers.hyperpod_slots import Found, Kind
@@ -33,7 +32,7 @@ class Commits:
 
     def __init__(self, service: HyperPodService, index: Index) -> None:
         self._service, self._index = service, index
-        self._told = False
+        self._told: set[str] = set()
 
     def write(self, shares: Mapping[int, Found], data: bytes) -> None:
         """Write the manifest *data* where it has a place: all *shares*, which have just been seen, stand at one step.
@@ -50,7 +49,7 @@ class Commits:
         try:
             self._write(slot, blob)
         except TierError as error:
-            self._tell_once(f"{slot} takes no manifest, so that each look costs one at every share", error)
+            self._tell_once("%s takes no manifest, so that each look costs one at every share", slot, error)
 
     def _write(self, slot: Slot, blob: bytes) -> None:
         wanted = Found(slot=slot, kind=Kind.MANIFEST, commit=read_blob(blob))
@@ -64,10 +63,10 @@ class Commits:
             raise TierUnavailableError(f"namespace {slot.namespace} was there and is gone", tier=self._service.tier)
         self._index.slots.wrote(wanted)
 
-    def _tell_once(self, what: str, error: TierError) -> None:
-        if not self._told:
-            _log.warning("%s: %s", what, error)
-        self._told = True
+    def _tell_once(self, what: str, which: object, error: TierError) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            _log.warning(f"{what}: %s", which, error)
 
     def _place(self, shares: Mapping[int, Found]) -> Slot | None:
         """Return where the manifest of *shares* goes, or None where it has no place."""
@@ -88,14 +87,11 @@ class Commits:
         if member is None:
             return False
         wires = [wire for wire in self._index.wires(member) if wire != slot.wire]
-        newest = max((wire // MAX_STEP for wire in wires if wire // MAX_STEP != PROBE_ORDINAL), default=0)
         # What an older attempt still writes may meet what a newer one writes there at the same time.
-        needed = 2 if newest > slot.wire // MAX_STEP else 1
+        needed = 2 if newest_ordinal(wires) > slot.wire // MAX_STEP else 1
         if len(wires) + needed <= member.kept:
             return True
-        slots = [Slot(namespace=slot.namespace, rank=slot.rank, wire=wire) for wire in sorted(wires)]
-        looks = each(self._index.slots.look, slots, secs=self._index.slots.look_secs)
-        held = [found for found in looks if found is not None]
+        held = self._index.held(slot, wires)
         older = [found for found in held if found.kind is Kind.MANIFEST and found.slot.wire < slot.wire]
         surplus = len(held) + needed - member.kept
         if surplus > len(older):
@@ -116,7 +112,7 @@ class Commits:
         try:
             self._make_way(home, slot, share)
         except TierUnavailableError as error:
-            self._tell_once(f"what stands beside {slot} as its manifest can't be told", error)
+            self._tell_once("what stands beside %s as its manifest can't be told", slot, error)
 
     def _make_way(self, home: Namespace, slot: Slot, share: Share) -> None:
         found = self._look(home, slot.wire)
@@ -138,7 +134,7 @@ class Commits:
         try:
             self.discard(checkpoint)
         except TierError as error:
-            self._tell_once(f"the manifest of {checkpoint} stands beside a share that is missing", error)
+            self._tell_once("the manifest of %s stands beside a share that is missing", checkpoint, error)
 
     def discard(self, checkpoint: CheckpointId) -> Found | None:
         """Delete the manifest of *checkpoint*, a damaged one too; return it where it was whole.

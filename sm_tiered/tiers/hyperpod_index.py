@@ -240,6 +240,12 @@ class Index:
         """Return at which steps something stands in *member*, as far as is known."""
         return self._wires.get(member.name, ())
 
+    def held(self, slot: Slot, wires: Iterable[int]) -> list[Found]:
+        """Return what stands beside *slot*, in the same rank's slots at other *wires*, lowest first."""
+        slots = [replace(slot, wire=wire) for wire in sorted(wires)]
+        looks = each(self.slots.look, slots, secs=self.slots.look_secs)
+        return [found for found in looks if found is not None]
+
     # ---- records of attempts
 
     def attempt(self, attempt: Attempt) -> bytes | None:

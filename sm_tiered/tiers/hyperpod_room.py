@@ -9,7 +9,7 @@ from sm_tiered.layout import MAX_STEP
 from sm_tiered.manifest import attempt_record_from_json
 from sm_tiered.records import Attempt, AttemptRecord, CheckpointId
 from sm_tiered.settings import HyperPodSettings
-from sm_tiered.tiers.hyperpod_chain import PROBE_ORDINAL
+from sm_tiered.tiers.hyperpod_chain import PROBE_ORDINAL, newest_ordinal
 from sm_tiered.tiers.hyperpod_commits import Commits
 from sm_tiered.tiers.hyperpod_index import Index
 from sm_tiered.tiers.hyperpod_looks import each
@@ -47,16 +47,14 @@ class Room:
             TierRefusedError: a newer attempt writes there, and there is hardly room for that one.
         """
         listed = self._service.latest(home)
-        wires = sorted(wire for wire in listed if wire != slot.wire)
-        newest = max((wire // MAX_STEP for wire in wires if wire // MAX_STEP != PROBE_ORDINAL), default=0)
+        wires = [wire for wire in listed if wire != slot.wire]
+        newest = newest_ordinal(wires)
         overtaken = slot.wire >= MAX_STEP and newest > checkpoint.attempt.ordinal
         # Of two that write to one slot at once each may see the same free step, and the service drops the lowest.
         needed = 2 if overtaken else 1
         if len(wires) + needed <= home.kept:
             return slot.wire in listed
-        slots = [Slot(namespace=home.name, rank=slot.rank, wire=wire) for wire in wires]
-        looks = each(self._index.slots.look, slots, secs=self._index.slots.look_secs)
-        held = [found for found in looks if found is not None]
+        held = self._index.held(slot, wires)
         if overtaken and len(held) + needed > home.kept:
             raise self._too_late(newest, checkpoint, slot)
         for found in self._deletable(list(held), slot):

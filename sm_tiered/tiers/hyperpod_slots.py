@@ -67,11 +67,12 @@ class Slots:
     """Looks into slots. Threads may share it."""
 
     def __init__(self, service: HyperPodService, settings: HyperPodSettings, namespace: str) -> None:
-        self._service, self._settings, self._namespace = service, settings, namespace
+        self._service, self._namespace = service, namespace
         self._found: dict[Slot, Found] = {}
         self._records: dict[tuple[Slot, str], bytes] = {}
         self._attempts: dict[Slot, bytes] = {}
-        self.look_secs = 2 * self._fetch_secs()
+        self._fetch_secs = settings.retry_deadline_secs + deadline.allowance(_RECORDS_BYTES)
+        self.look_secs = 2 * self._fetch_secs
         """The longest that a look may take: what comes damaged is asked for once more."""
 
     def look(self, slot: Slot, *, fresh: bool = False, leave: Leave | None = None) -> Found | None:
@@ -120,11 +121,8 @@ class Slots:
         for slot in [slot for slot in list(self._attempts) if (slot.namespace, slot.wire) not in standing]:
             self.forget_attempt(slot)
 
-    def _fetch_secs(self) -> float:
-        return self._settings.retry_deadline_secs + deadline.allowance(_RECORDS_BYTES)
-
     def _fetch(self, slot: Slot, leave: Leave | None) -> tuple[Found | None, bytes]:
-        with deadline.within(self._fetch_secs()):
+        with deadline.within(self._fetch_secs):
             try:
                 body = self._service.open(slot)
             except KeyNotFoundError:

@@ -165,6 +165,22 @@ def test_where_its_slot_alone_does_not_answer_the_shares_count_all_the_same(
     assert blobs(daemon, 2) == [PLACE]
 
 
+def test_each_thing_that_its_slot_does_not_answer_is_said_once(
+    daemon: StandInDaemon, tier: HyperPodTier, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon.restart(DaemonFault(kind="status", method="GET", path=rf"/2/{PLACE}$", status=503, times=10**6))
+    save(tier, HERE, 2, 100)
+    for _ in range(2):
+        assert tier.confirm(HERE)
+    del daemon.namespaces["run"].blobs[1][PLACE]
+    for _ in range(2):
+        assert tier.confirm(HERE) is False
+    told = [record.getMessage() for record in caplog.records]
+    kinds = ("can't be told", "takes no manifest", "a share that is missing")
+    assert len(told) == len(kinds)
+    assert all(kind in text for kind, text in zip(kinds, told, strict=True)), told
+
+
 def test_another_programs_blob_there_is_left_alone(small: StandInDaemon, tier: HyperPodTier) -> None:
     save(tier, HERE, 2, 100)
     small.namespaces["run"].blobs[2] = {10: foreign()}
